@@ -1,0 +1,14 @@
+"""Builds the kernel's shared library; everything else is in pyproject.toml."""
+
+from setuptools import Extension, setup
+
+setup(
+    ext_modules=[
+        Extension(
+            "comoe.kernels._native",
+            sources=["src/comoe/kernels/expert.c"],
+            extra_compile_args=["-O3", "-std=c11", "-fno-math-errno"],
+            optional=True,
+        )
+    ]
+)
