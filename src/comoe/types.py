@@ -142,6 +142,14 @@ class BlobId(NamedTuple):
     row: int
 
 
+class Extent(NamedTuple):
+    """`length` bytes from `offset` of `file`, a path relative to the checkpoint's or the pack's folder."""
+
+    file: str
+    offset: int
+    length: int
+
+
 @dataclass(frozen=True, slots=True)
 class Leaf:
     """One tensor of one expert in transformers' in-memory layout.

@@ -1,0 +1,28 @@
+"""Where blobs' bytes come from: the seam that files, memory, HTTP and S3 implement."""
+
+from typing import Protocol
+
+from comoe.types import BlobId
+
+
+class Source(Protocol):
+    """Reads whole blobs.
+
+    `tier` is where the bytes live (`flash`, `edge`, `origin`): statistics are kept by it. `read` is called from
+    I/O threads, one call at a time per thread, and must release the GIL while it waits.
+    """
+
+    @property
+    def tier(self) -> str: ...
+
+    def nbytes(self, blob: BlobId) -> int:
+        """Length of the blob's bytes, without padding. KeyError where there is no such blob."""
+        ...
+
+    def read(self, blob: BlobId, into: memoryview) -> None:
+        """Fill the first `nbytes(blob)` bytes of `into`, a page-aligned writable buffer.
+
+        `into` is at least `nbytes` rounded up to 4096 long; the rest may be overwritten. Raises CorruptBlob where
+        the bytes are not those that the pack recorded, SourceMissing or SourceChanged where the checkpoint moved.
+        """
+        ...
