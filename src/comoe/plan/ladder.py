@@ -1,0 +1,95 @@
+"""The ladder as the planner sees it: what every rung costs in bytes and in quality, and how experts are used."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from comoe.store.layout import PAGE, align
+from comoe.store.manifest import FORM_PARTS, Manifest
+
+Array = npt.NDArray[np.float64]
+
+
+class Band(NamedTuple):
+    """A predicted quantity as an interval."""
+
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class Rung:
+    """A form for all experts: bytes when all are resident, and its certified loss with its 95 % interval.
+
+    `errors[layer]` is the relative error of a layer's outputs; `loss` is None where the pack has no certificate.
+    """
+
+    form: str
+    nbytes: int
+    loss: float | None
+    loss_ci95: Band
+    errors: tuple[float, ...]
+
+    def loss_rate(self, layer: int) -> float:
+        """Loss if only uses in `layer` took this form, times the number of layers: their mean is `loss`."""
+        mean = sum(self.errors) / len(self.errors) if self.errors else 0.0
+        return (self.loss or 0.0) * (self.errors[layer] / mean if mean else 1.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Ladder:
+    """Rungs from coarse to exact, and the profile.
+
+    `use[layer]` (E,) is the expected number of uses of every expert per token; `gate_quantiles` as in the manifest.
+    """
+
+    rungs: tuple[Rung, ...]
+    use: tuple[Array, ...]
+    gate_quantiles: tuple[float, ...]
+    expert_bytes_bf16: int
+
+    @property
+    def exact(self) -> Rung:
+        return self.rungs[-1]
+
+    @property
+    def num_experts(self) -> int:
+        return sum(len(layer) for layer in self.use)
+
+    @property
+    def certified(self) -> tuple[Rung, ...]:
+        return tuple(rung for rung in self.rungs if rung.loss is not None)
+
+    def rung(self, form: str) -> Rung:
+        return next(rung for rung in self.rungs if rung.form == form)
+
+
+def ladder_of(manifest: Manifest) -> Ladder:
+    """The ladder and profile of a pack."""
+    steps = {step.form: step for step in manifest.chain}
+    rungs = []
+    for form in manifest.forms:
+        step = steps.get(form)
+        exact = form == "exact"
+        loss = 0.0 if exact else step.loss if step else None
+        interval = Band(*step.loss_ci95) if step and not exact else Band(0.0, 0.0)
+        errors = tuple(layer.errors.get(form, 0.0) for layer in manifest.layers)
+        rungs.append(Rung(form, held_bytes(manifest, form), loss, interval, errors))
+    use = tuple(
+        _use(layer.frequency, layer.num_experts, manifest.experts_per_token) for layer in manifest.layers
+    )
+    return Ladder(tuple(rungs), use, manifest.gate_quantiles, manifest.expert_bytes_bf16)
+
+
+def held_bytes(manifest: Manifest, form: str) -> int:
+    """Memory that all blobs of `form` take: every blob in pages of its own."""
+    parts = [layer.parts[part] for layer in manifest.layers for part in FORM_PARTS[form]]
+    return sum(part.rows * align(part.nbytes, PAGE) for part in parts)
+
+
+def _use(frequency: tuple[float, ...], num_experts: int, experts_per_token: int) -> Array:
+    """Uses per token; uniform where nothing was profiled."""
+    shares = np.array(frequency or [1 / num_experts] * num_experts)
+    return shares / max(shares.sum(), 1e-12) * experts_per_token

@@ -1,0 +1,159 @@
+"""Plan v0: the fastest (floor, streamed form, cache, wait threshold) under a byte budget and a loss bound.
+
+Pure and well under a millisecond per candidate; enumerates the few pairs of certified rungs. The joint planner
+replaces the inside of `best` and keeps its signature.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from comoe.plan.cost import Costs, hit_rate
+from comoe.plan.ladder import Band, Ladder, Rung
+from comoe.types import DoesNotFit
+
+MIN_GROUPS = 2
+"""Experts that the cache must hold beside the floor: one that computes while the next is read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to keep, what to stream, and what a miss does.
+
+    `floor` is resident for every expert (None: nothing is); `target` is the form that is wanted; a use whose gate is
+    below `wait_threshold` does not wait for a missing target but takes the floor. Bytes are memory.
+    """
+
+    name: str
+    floor: str | None
+    target: str
+    floor_bytes: int
+    refinement_bytes: int
+    wait_threshold: float
+    ms_per_token: Band
+    loss: Band
+    start_seconds: float
+    fetch_bytes: int
+    shares: dict[str, float]
+
+    @property
+    def total_bytes(self) -> int:
+        return self.floor_bytes + self.refinement_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Planner:
+    """A ladder on a device: everything but the budget and the bound."""
+
+    ladder: Ladder
+    costs: Costs
+
+    def best(self, budget: int, max_loss: float, *, name: str = "bounded") -> Plan:
+        """The fastest plan in `budget` bytes of expert memory with at most `max_loss` predicted loss.
+
+        Raises DoesNotFit with the smallest budget at which there is one.
+        """
+        plans = [
+            plan
+            for floor, target in self._pairs(max_loss)
+            if (plan := self._plan(name, floor, target, budget, max_loss)) is not None
+        ]
+        if not plans:
+            smallest = self.smallest(max_loss)
+            raise DoesNotFit(
+                f"experts need at least {smallest} bytes of memory, {budget} were given.", smallest
+            )
+        return min(plans, key=lambda plan: (plan.ms_per_token.high, plan.loss.high))
+
+    def smallest(self, max_loss: float) -> int:
+        """The least expert memory at which `best` finds a plan."""
+        return min(_floor_bytes(floor) + self._reserve(target) for floor, target in self._pairs(max_loss))
+
+    def _pairs(self, max_loss: float) -> Iterator[tuple[Rung | None, Rung]]:
+        """Pairs of a floor and a target whose target alone keeps the bound."""
+        certified = self.ladder.certified
+        for i, target in enumerate(certified):
+            if target.loss is None or target.loss > max_loss:
+                continue
+            yield None, target
+            yield from ((floor, target) for floor in certified[:i] if max_loss > 0)
+
+    def _reserve(self, target: Rung) -> int:
+        return min(target.nbytes, MIN_GROUPS * self._unit(target))
+
+    def _unit(self, rung: Rung) -> int:
+        return -(-rung.nbytes // self.ladder.num_experts)
+
+    def _plan(self, name: str, floor: Rung | None, target: Rung, budget: int, max_loss: float) -> Plan | None:
+        room = min(budget - _floor_bytes(floor), target.nbytes)
+        if room < self._reserve(target):
+            return None
+        use = np.concatenate(self.ladder.use)
+        unit = self._unit(target)
+        miss = 1.0 - hit_rate(use, len(use) if room >= target.nbytes else room / unit)
+        coarse = self._coarse_share(floor, target, miss, max_loss)
+        waits = float(use.sum()) * (miss - coarse)
+        reads = float(use.sum()) * miss
+        touched = float(use.sum()) * unit
+        ms = self.costs.expert_ms(touched) + self.costs.read_ms(waits * unit, waits)
+        shares = {target.form: 1.0 - coarse}
+        if floor is not None:
+            shares[floor.form] = coarse
+        fetch = _floor_bytes(floor) + round(reads * unit)
+        return Plan(
+            name=name,
+            floor=floor.form if floor else None,
+            target=target.form,
+            floor_bytes=_floor_bytes(floor),
+            refinement_bytes=room,
+            wait_threshold=self._threshold(coarse / miss if miss else 1.0) if floor else 0.0,
+            ms_per_token=Band(self.costs.framework_ms.low + ms, self.costs.framework_ms.high + 1.5 * ms),
+            loss=_mixed_loss(floor, target, coarse),
+            start_seconds=self.costs.read_ms(_floor_bytes(floor), 1) / 1e3,
+            fetch_bytes=fetch,
+            shares=shares,
+        )
+
+    def _coarse_share(self, floor: Rung | None, target: Rung, miss: float, max_loss: float) -> float:
+        """Share of uses that may take the floor: all misses, or what the bound leaves beside the target's loss."""
+        if floor is None or floor.loss is None or target.loss is None:
+            return 0.0
+        gap = floor.loss - target.loss
+        return miss if gap <= 0 else min(miss, (max_loss - target.loss) / gap)
+
+    def _threshold(self, share: float) -> float:
+        """The gate below which lies `share` of all uses' gates."""
+        quantiles = np.array(self.ladder.gate_quantiles or (0.0, 1.0))
+        if share >= 1.0:
+            return float("inf")
+        middles = (quantiles[1:] + quantiles[:-1]) / 2
+        mass = np.concatenate([[0.0], np.cumsum(middles) / max(middles.sum(), 1e-12)])
+        return float(np.interp(share, mass, quantiles))
+
+
+def frontier(planner: Planner, budget: int, max_loss: float) -> list[Plan]:
+    """A few plans to choose from: exact and within the bound at `budget`, and the smallest within the bound.
+
+    Plans that do not fit are left out; the list is empty where none does.
+    """
+    plans = []
+    asked = [("exact", budget, 0.0), ("bounded", budget, max_loss)] if max_loss else [("exact", budget, 0.0)]
+    for name, nbytes, bound in [*asked, ("smallest", min(budget, planner.smallest(max_loss)), max_loss)]:
+        try:
+            plans.append(planner.best(nbytes, bound, name=name))
+        except DoesNotFit:
+            continue
+    return plans
+
+
+def _floor_bytes(floor: Rung | None) -> int:
+    return floor.nbytes if floor else 0
+
+
+def _mixed_loss(floor: Rung | None, target: Rung, coarse: float) -> Band:
+    low, high = target.loss_ci95
+    if floor is not None:
+        low += coarse * (floor.loss_ci95.low - low)
+        high += coarse * (floor.loss_ci95.high - high)
+    return Band(max(0.0, low), max(0.0, high))

@@ -1,0 +1,160 @@
+"""A pack opened for reading: blobs by direct reads from its files and from the checkpoint that it refers to.
+
+Bytes are hashed once, at first use. What a pack says of itself is `store.manifest`; who asks for blobs, and when,
+is `memory`.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from blake3 import blake3
+
+from comoe.store.blobfile import BlobFile, read_header
+from comoe.store.directfile import DirectFile
+from comoe.store.manifest import Manifest, PartEntry, SourceEntry, read_manifest
+from comoe.types import BlobId, CorruptBlob, Extent, HostileFile, SourceChanged, SourceMissing
+
+
+@dataclass(frozen=True, slots=True)
+class Pieces:
+    """The bytes of one row: where they lie, one after the other, and their BLAKE3."""
+
+    extents: tuple[Extent, ...]
+    digest: str
+
+
+class Pack:
+    """A pack in a local folder, a `Source` of tier `flash`.
+
+    `source` overrides the folder of the checkpoint, where it has moved. Not for use from several threads at once
+    beyond `read`, which may run in one I/O thread while others ask `nbytes`.
+    """
+
+    tier = "flash"
+
+    def __init__(self, folder: Path, *, source: Path | None = None) -> None:
+        self.folder = folder
+        self.manifest: Manifest = read_manifest(folder)
+        self.checkpoint = source or _source_folder(folder, self.manifest)
+        self._headers = _headers(folder, self.manifest)
+        if self.checkpoint is not None and self.manifest.source is not None:
+            check_source(self.checkpoint, self.manifest.source)
+        self._files: dict[str, DirectFile] = {}
+        self._verified: set[BlobId] = set()
+
+    def nbytes(self, blob: BlobId) -> int:
+        return self._part(blob).nbytes
+
+    def read(self, blob: BlobId, into: memoryview) -> None:
+        pieces = self.pieces(blob)
+        at = 0
+        for extent in pieces.extents:
+            self._file(extent.file).read(extent.offset, into[at:], extent.length)
+            at += extent.length
+        if blob not in self._verified:
+            if blake3(into[:at]).hexdigest() != pieces.digest:
+                raise CorruptBlob(
+                    f"{self._where(blob)} has not the bytes that were packed; {self._remedy(blob)}"
+                )
+            self._verified.add(blob)
+
+    def pieces(self, blob: BlobId) -> Pieces:
+        """Where the bytes of `blob` lie. Paths are absolute."""
+        part = self._part(blob)
+        if part.file is not None:
+            header = self._headers[part.file]
+            extent = Extent(str(header.path), header.offset(blob.row), header.nbytes)
+            return Pieces((extent,), header.hashes[blob.row])
+        assert self.manifest.source is not None and self.checkpoint is not None
+        files = self.manifest.source.files
+        extents = tuple(
+            Extent(str(self.checkpoint / files[index].name), offset, length)
+            for index, offset, length in part.extents[blob.row]
+        )
+        return Pieces(extents, part.hashes[blob.row])
+
+    def blob_ids(self) -> list[BlobId]:
+        """Every blob of the pack."""
+        return [
+            BlobId(index, name, row)
+            for index, layer in enumerate(self.manifest.layers)
+            for name, part in layer.parts.items()
+            for row in range(part.rows)
+        ]
+
+    @property
+    def own_bytes(self) -> int:
+        """Bytes of the pack's folder."""
+        return sum(path.stat().st_size for path in self.folder.iterdir() if path.is_file())
+
+    @property
+    def direct(self) -> bool:
+        """Whether every file opened so far is read past the page cache."""
+        return all(file.direct for file in self._files.values())
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
+
+    def _part(self, blob: BlobId) -> PartEntry:
+        return self.manifest.layers[blob.layer].parts[blob.part]
+
+    def _file(self, path: str) -> DirectFile:
+        if path not in self._files:
+            self._files[path] = DirectFile(Path(path))
+        return self._files[path]
+
+    def _where(self, blob: BlobId) -> str:
+        return f"{self.folder}: layer {blob.layer}, part {blob.part!r}, row {blob.row}"
+
+    def _remedy(self, blob: BlobId) -> str:
+        if self._part(blob).file is None:
+            return f"the checkpoint in {self.checkpoint} is damaged or was changed: restore it or pack again."
+        return "the file is damaged: pack again."
+
+
+def check_source(folder: Path, source: SourceEntry) -> None:
+    """Compare the checkpoint in `folder` with what was packed, by sizes and headers.
+
+    Raises SourceMissing or SourceChanged. What changed inside a tensor shows when its blob is first read.
+    """
+    for entry in source.files:
+        path = folder / entry.name
+        try:
+            size = path.stat().st_size
+        except OSError as error:
+            raise SourceMissing(
+                f"the pack refers to {path}, which is not there: give its new place with --source, or pack again "
+                "with --self-contained."
+            ) from error
+        if size != entry.size or header_hash(path) != entry.header:
+            raise SourceChanged(f"{path} is not the file that was packed: restore it or pack again.")
+
+
+def header_hash(path: Path) -> str:
+    """BLAKE3 of a safetensors file's length field and header."""
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        length = min(int.from_bytes(prefix, "little"), os.fstat(file.fileno()).st_size)
+        return blake3(prefix + file.read(length)).hexdigest()
+
+
+def _source_folder(folder: Path, manifest: Manifest) -> Path | None:
+    """The checkpoint's folder as recorded, relative to the pack where it is not absolute."""
+    return folder / manifest.source.folder if manifest.source else None
+
+
+def _headers(folder: Path, manifest: Manifest) -> dict[str, BlobFile]:
+    """Headers of all blob files, compared with the manifest."""
+    headers: dict[str, BlobFile] = {}
+    for layer in manifest.layers:
+        for part in layer.parts.values():
+            if part.file is None:
+                continue
+            header = read_header(folder / part.file)
+            if (header.rows, header.nbytes) != (part.rows, part.nbytes):
+                raise HostileFile(f"{header.path}: rows or length differ from the manifest's: pack again.")
+            headers[part.file] = header
+    return headers
