@@ -77,9 +77,7 @@ def ladder_of(manifest: Manifest) -> Ladder:
         interval = Band(*step.loss_ci95) if step and not exact else Band(0.0, 0.0)
         errors = tuple(layer.errors.get(form, 0.0) for layer in manifest.layers)
         rungs.append(Rung(form, held_bytes(manifest, form), loss, interval, errors))
-    use = tuple(
-        _use(layer.frequency, layer.num_experts, manifest.experts_per_token) for layer in manifest.layers
-    )
+    use = tuple(_use(layer.frequency, layer.num_experts, manifest.experts_per_token) for layer in manifest.layers)
     return Ladder(tuple(rungs), use, manifest.gate_quantiles, manifest.expert_bytes_bf16)
 
 
@@ -91,5 +89,5 @@ def held_bytes(manifest: Manifest, form: str) -> int:
 
 def _use(frequency: tuple[float, ...], num_experts: int, experts_per_token: int) -> Array:
     """Uses per token; uniform where nothing was profiled."""
-    shares = np.array(frequency or [1 / num_experts] * num_experts)
-    return shares / max(shares.sum(), 1e-12) * experts_per_token
+    shares: Array = np.array(frequency or [1 / num_experts] * num_experts)
+    return np.asarray(shares / max(shares.sum(), 1e-12) * experts_per_token)

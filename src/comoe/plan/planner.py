@@ -61,9 +61,7 @@ class Planner:
         ]
         if not plans:
             smallest = self.smallest(max_loss)
-            raise DoesNotFit(
-                f"experts need at least {smallest} bytes of memory, {budget} were given.", smallest
-            )
+            raise DoesNotFit(f"experts need at least {smallest} bytes of memory, {budget} were given.", smallest)
         return min(plans, key=lambda plan: (plan.ms_per_token.high, plan.loss.high))
 
     def smallest(self, max_loss: float) -> int:

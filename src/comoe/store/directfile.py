@@ -61,9 +61,7 @@ class DirectFile:
         while done < needed:
             got = os.preadv(self._fd, [into[done:]], offset + done)
             if got == 0:
-                raise PackError(
-                    f"{self.path} ends before byte {offset + needed}: it was cut short; pack again."
-                )
+                raise PackError(f"{self.path} ends before byte {offset + needed}: it was cut short; pack again.")
             done += got
 
     def _read_buffered(self, offset: int, into: memoryview) -> None:

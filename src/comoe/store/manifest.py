@@ -25,17 +25,13 @@ FORM_PARTS: dict[str, tuple[str, ...]] = {
 """The parts of every form, coarse to exact, in the order in which a reader needs them."""
 
 
-class Struct(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A part of the manifest."""
-
-
-class LeafEntry(Struct):
+class LeafEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     name: str
     shape: tuple[int, ...]
     transposed: bool = False
 
 
-class SourceFile(Struct):
+class SourceFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A file of the checkpoint: its size and the BLAKE3 of its header, checked when a pack is opened."""
 
     name: str
@@ -43,14 +39,14 @@ class SourceFile(Struct):
     header: str
 
 
-class SourceEntry(Struct):
+class SourceEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The checkpoint that exact blobs refer to."""
 
     folder: str
     files: tuple[SourceFile, ...]
 
 
-class PartEntry(Struct):
+class PartEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The blobs of one part of one layer: a blob file of the pack, or extents of the checkpoint.
 
     With `extents`, row r is the concatenation of `extents[r]` = (index into the source's files, offset, length)
@@ -64,7 +60,7 @@ class PartEntry(Struct):
     hashes: tuple[str, ...] = ()
 
 
-class LayerEntry(Struct):
+class LayerEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One sparse layer: its site, its parts, which cluster each expert merged into, and what the forms cost.
 
     `errors[form]` is the relative squared error of the layer's expert outputs on calibration text, weighted by
@@ -81,7 +77,7 @@ class LayerEntry(Struct):
     mass: tuple[float, ...] = ()
 
 
-class ChainStep(Struct):
+class ChainStep(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A form for every expert and its certificate: loss against the exact model on held-out calibration text."""
 
     form: str
@@ -92,7 +88,7 @@ class ChainStep(Struct):
     worst_domain: str
 
 
-class Provenance(Struct):
+class Provenance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How the pack was made; no times, so that the same input gives the same bytes."""
 
     comoe: str
@@ -102,7 +98,7 @@ class Provenance(Struct):
     seed: int
 
 
-class Manifest(Struct):
+class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A pack: `dtype` is the checkpoint's; `layers` are in the order of the model's modules.
 
     `gate_quantiles` are the 0, 10, ... 100 % quantiles of the gate of one use of an expert.
@@ -140,17 +136,11 @@ class Manifest(Struct):
     @property
     def expert_bytes_bf16(self) -> int:
         """Bytes of all experts as bf16: what percentages of expert memory are of."""
-        return sum(
-            self.site(layer).expert_bytes_bf16 * entry.num_experts for layer, entry in enumerate(self.layers)
-        )
+        return sum(self.site(layer).expert_bytes_bf16 * entry.num_experts for layer, entry in enumerate(self.layers))
 
     @property
     def expert_ids(self) -> list[ExpertId]:
-        return [
-            ExpertId(layer, index)
-            for layer, entry in enumerate(self.layers)
-            for index in range(entry.num_experts)
-        ]
+        return [ExpertId(layer, index) for layer, entry in enumerate(self.layers) for index in range(entry.num_experts)]
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -159,10 +149,8 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         data = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise NotAPack(
-            f"{folder} is not a pack: it has no {MANIFEST}; make one with `comoe pack`."
-        ) from error
-    manifest = decode(data, Manifest, path)
+        raise NotAPack(f"{folder} is not a pack: it has no {MANIFEST}; make one with `comoe pack`.") from error
+    manifest: Manifest = decode(data, Manifest, path)
     if manifest.format_version != FORMAT_VERSION:
         raise NotAPack(
             f"{path} has format version {manifest.format_version}; this comoe reads {FORMAT_VERSION}: "
@@ -199,9 +187,7 @@ def _check_layer(manifest: Manifest, index: int, path: Path) -> None:
                 raise HostileFile(f"{path}: layer {index} lacks the blobs of form {form!r}.")
             part = layer.parts[name]
             if part.nbytes != layout(site, name).nbytes:
-                raise HostileFile(
-                    f"{path}: layer {index}, part {name!r}: blobs have not the length of an expert."
-                )
+                raise HostileFile(f"{path}: layer {index}, part {name!r}: blobs have not the length of an expert.")
             if name != "merged" and part.rows != layer.num_experts:
                 raise HostileFile(f"{path}: layer {index}, part {name!r}: not one blob for every expert.")
             _check_place(part, manifest, path)
@@ -219,7 +205,7 @@ def _check_place(part: PartEntry, manifest: Manifest, path: Path) -> None:
     files = manifest.source.files if manifest.source else ()
     sound = len(part.extents) == len(part.hashes) == part.rows and all(
         sum(length for _, _, length in row) == part.nbytes
-        and all(0 <= i < len(files) and 0 <= o and 0 < n and o + n <= files[i].size for i, o, n in row)
+        and all(0 <= i < len(files) and min(o, n - 1) >= 0 and o + n <= files[i].size for i, o, n in row)
         for row in part.extents
     )
     if not sound:

@@ -54,9 +54,7 @@ class Pack:
             at += extent.length
         if blob not in self._verified:
             if blake3(into[:at]).hexdigest() != pieces.digest:
-                raise CorruptBlob(
-                    f"{self._where(blob)} has not the bytes that were packed; {self._remedy(blob)}"
-                )
+                raise CorruptBlob(f"{self._where(blob)} has not the bytes that were packed; {self._remedy(blob)}")
             self._verified.add(blob)
 
     def pieces(self, blob: BlobId) -> Pieces:
