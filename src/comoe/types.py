@@ -128,10 +128,10 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 class ExpertId(NamedTuple):
-    """An expert: `layer` counts the model's sparse layers from 0, `index` the experts in it."""
+    """An expert: `layer` counts the model's sparse layers from 0, `expert` the experts in it."""
 
     layer: int
-    index: int
+    expert: int
 
 
 class BlobId(NamedTuple):

@@ -123,9 +123,9 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def blobs(self, expert: ExpertId, form: str) -> tuple[BlobId, ...]:
         """The blobs that `expert` needs to run in `form`, in order."""
-        row = expert.index
+        row = expert.expert
         if form == "merged":
-            row = self.layers[expert.layer].clusters[expert.index]
+            row = self.layers[expert.layer].clusters[expert.expert]
         return tuple(BlobId(expert.layer, part, row) for part in FORM_PARTS[form])
 
     def form_bytes(self, form: str) -> int:
