@@ -1,0 +1,36 @@
+"""Rates of this device, measured in a fraction of a second: memory, and reads of a pack's own blobs."""
+
+from collections.abc import Callable
+from statistics import median
+
+import numpy as np
+
+from comoe.memory.arena import page_buffer
+from comoe.store.source import Source
+from comoe.types import BlobId
+
+Clock = Callable[[], float]
+
+
+def memory_bps(clock: Clock, *, nbytes: int = 64 << 20, repeats: int = 5) -> float:
+    """Bytes per second at which one thread sums memory that no cache holds."""
+    data = np.ones(nbytes // 8, np.float64)
+    return nbytes / median(_timed(clock, lambda: float(data.sum())) for _ in range(repeats))
+
+
+def read_rate(source: Source, blobs: list[BlobId], clock: Clock) -> tuple[float, float]:
+    """(bytes per second, seconds of latency) of reading `blobs` one after the other.
+
+    Latency is taken from the fastest read beyond what the median rate explains, at least 20 us.
+    """
+    nbytes = [source.nbytes(blob) for blob in blobs]
+    buffer = page_buffer(max(nbytes))
+    seconds = [_timed(clock, lambda blob=blob: source.read(blob, buffer)) for blob in blobs]  # type: ignore[misc]
+    rate = sum(nbytes) / sum(seconds)
+    return rate, max(20e-6, min(seconds) - min(nbytes) / rate)
+
+
+def _timed(clock: Clock, call: Callable[[], object]) -> float:
+    start_s = clock()
+    call()
+    return clock() - start_s

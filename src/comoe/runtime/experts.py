@@ -1,0 +1,131 @@
+"""An expert's outputs from its blobs' bytes: the kernel for a few tokens, torch for many.
+
+Which blobs, and whether they are there, is `runtime.layer`'s business. Both ways are fixed functions of bytes and
+inputs, so that outputs do not depend on what was cached.
+"""
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from comoe.forms.quantise import Planes, dequantise
+from comoe.kernels import native
+from comoe.kernels.matrix import Code, Matrix
+from comoe.runtime.hook import expert_forward, plain_activation
+from comoe.store.layout import Field, Layout, group_size, layout
+from comoe.store.manifest import FORM_PARTS
+from comoe.types import Leaf, Site
+
+Bytes = npt.NDArray[np.uint8]
+
+KERNEL_TOKENS = 8
+"""Up to so many tokens an expert runs in the kernel, beyond in torch: where the two cross."""
+
+BITS = {"merged": 4, "q4": 4, "q8": 8}
+CODES = {"float32": Code.F32, "bfloat16": Code.BF16, "float16": Code.F16}
+TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "uint8": torch.uint8}
+
+
+class SiteMath:
+    """Computes the experts of one site.
+
+    `dtype` is the model's; weights are cast to it. `module` is the family's experts module.
+    """
+
+    def __init__(self, module: nn.Module, site: Site, dtype: torch.dtype) -> None:
+        self._module, self._site, self._dtype = module, site, dtype
+        self._layouts = {part: layout(site, part) for parts in FORM_PARTS.values() for part in parts}
+
+    def run(self, form: str, blobs: Sequence[Bytes], x: Tensor) -> Tensor:
+        """Outputs (T, H) of one expert for `x` (T, H); `blobs` are those of the form, in order."""
+        if self._kernel is not None and len(x) <= KERNEL_TOKENS:
+            return self._run_kernel(form, blobs, x)
+        return expert_forward(self._module, x, self.tensors(form, blobs))
+
+    def tensors(self, form: str, blobs: Sequence[Bytes]) -> dict[str, Tensor]:
+        """The expert's tensors by leaf, in the model's dtype and transformers' layout.
+
+        Views of `blobs` where nothing has to be converted.
+        """
+        planes = self._planes(form, blobs)
+        return {leaf.name: self._leaf(leaf, form, planes) for leaf in self._site.leaves}
+
+    @cached_property
+    def _kernel(self) -> tuple[str, bool, Leaf, Leaf] | None:
+        """Activation, gated, up and down for the fused kernel; None where it does not apply."""
+        plain = plain_activation(self._module)
+        if plain is None or not native.available() or len(self._site.leaves) != 2:
+            return None
+        return (*plain, *self._site.leaves)
+
+    def _run_kernel(self, form: str, blobs: Sequence[Bytes], x: Tensor) -> Tensor:
+        assert self._kernel is not None
+        activation, gated, up, down = self._kernel
+        planes = self._planes(form, blobs)
+        out = np.empty((len(x), down.rows), np.float32)
+        native.expert(
+            self._matrix(up, form, planes),
+            self._matrix(down, form, planes),
+            activation,
+            gated,
+            x.float().contiguous().numpy(),
+            out,
+        )
+        return torch.from_numpy(out).to(x.dtype)
+
+    def _matrix(self, leaf: Leaf, form: str, planes: dict[tuple[str, str], Bytes]) -> Matrix:
+        exact = planes.get((leaf.name, "exact"))
+        if exact is not None:
+            return Matrix(CODES[self._site.dtype], leaf.rows, leaf.cols, exact)
+        return Matrix(
+            Code.Q8 if BITS[form] == 8 else Code.Q4,
+            leaf.rows,
+            leaf.cols,
+            planes[leaf.name, "high"],
+            group=group_size(leaf.cols) or 0,
+            scales=planes[leaf.name, "scales"].view(np.float16),
+            low=planes.get((leaf.name, "low")),
+        )
+
+    def _leaf(self, leaf: Leaf, form: str, planes: dict[tuple[str, str], Bytes]) -> Tensor:
+        exact = planes.get((leaf.name, "exact"))
+        if exact is not None:
+            return _tensor(exact, self._site.dtype, leaf.shape).to(self._dtype)
+        group = group_size(leaf.cols)
+        assert group is not None
+        halves = (leaf.rows, leaf.cols // 2)
+        low = planes.get((leaf.name, "low"))
+        weight = dequantise(
+            Planes(
+                scales=_tensor(planes[leaf.name, "scales"], "float16", (leaf.rows, leaf.cols // group)),
+                high=_tensor(planes[leaf.name, "high"], "uint8", halves),
+                low=None if low is None else _tensor(low, "uint8", halves),
+            ),
+            BITS[form],
+            group,
+        ).to(self._dtype)
+        return weight.t().contiguous() if leaf.transposed else weight
+
+    def _planes(self, form: str, blobs: Sequence[Bytes]) -> dict[tuple[str, str], Bytes]:
+        """Bytes by (leaf, plane)."""
+        return {
+            (field.leaf, field.plane): _slice(blob, field)
+            for part, blob in zip(FORM_PARTS[form], blobs, strict=True)
+            for field in self._fields(part)
+        }
+
+    def _fields(self, part: str) -> tuple[Field, ...]:
+        found: Layout = self._layouts[part]
+        return found.fields
+
+
+def _slice(blob: Bytes, field: Field) -> Bytes:
+    return blob[field.offset : field.offset + field.nbytes]
+
+
+def _tensor(data: Bytes, dtype: str, shape: tuple[int, ...]) -> Tensor:
+    return torch.from_numpy(data).view(TORCH_DTYPES[dtype]).view(shape)

@@ -1,0 +1,124 @@
+"""One sparse layer while the model runs: choose a form per expert, fetch, compute, add in expert order.
+
+The state of a running model that its layers share is here too. Residency is `memory`'s, the arithmetic
+`runtime.experts`'s, prices `plan.ledger`'s.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from comoe.memory.cache import BlobCache
+from comoe.plan.ledger import Ledger
+from comoe.plan.planner import Plan
+from comoe.runtime.experts import SiteMath
+from comoe.store.manifest import Manifest
+from comoe.types import BlobId, ExpertId
+
+CHUNK_TOKENS = 512
+"""Prefill runs in chunks of so many tokens: each expert is read once per chunk, activations stay bounded."""
+
+DECODE_TOKENS = 8
+"""A chunk of more tokens is prefill, which never takes the floor: coarse keys and values would stay behind."""
+
+
+class Use(NamedTuple):
+    """An expert's work in one chunk: rows of the chunk, their positions in the top-k, and the sum of their gates."""
+
+    expert: int
+    tokens: Tensor
+    positions: Tensor
+    gate: float
+
+
+@dataclass(slots=True)
+class Counts:
+    """What a request did so far; times in seconds."""
+
+    uses: int = 0
+    hits: int = 0
+    floor_uses: int = 0
+    expert_s: float = 0.0
+
+
+@dataclass(slots=True)
+class Serving:
+    """What the layers of a running model share. `before_read` is called before a chunk asks for its experts."""
+
+    manifest: Manifest
+    cache: BlobCache
+    plan: Plan
+    ledger: Ledger
+    counts: Counts = field(default_factory=Counts)
+    before_read: Callable[[], None] | None = None
+
+    def blobs(self, layer: int, expert: int, form: str) -> tuple[BlobId, ...]:
+        return self.manifest.blobs(ExpertId(layer, expert), form)
+
+
+class ServedLayer:
+    """The `ExpertLayer` that streams: what `runtime.hook` calls in place of a family's own experts."""
+
+    def __init__(self, index: int, maths: SiteMath, serving: Serving) -> None:
+        self._index, self._maths, self.serving = index, maths, serving
+        self._num_experts = serving.manifest.layers[index].num_experts
+
+    def forward(self, module: nn.Module, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+        """Sum over each token's experts: `x` (N, H), `index` and `weight` (N, K) to (N, H).
+
+        An index of `num_experts` or more means no expert.
+        """
+        start_s = perf_counter()
+        chunks = zip(x.split(CHUNK_TOKENS), index.split(CHUNK_TOKENS), weight.split(CHUNK_TOKENS), strict=True)
+        outputs = [self._chunk(*chunk) for chunk in chunks]
+        self.serving.counts.expert_s += perf_counter() - start_s
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def _chunk(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+        if self.serving.before_read is not None:
+            self.serving.before_read()
+        uses = list(self._uses(index, weight))
+        forms = [self._choose(use, decode=len(x) <= DECODE_TOKENS) for use in uses]
+        groups = [self.serving.blobs(self._index, use.expert, form) for use, form in zip(uses, forms, strict=True)]
+        out = torch.zeros_like(x)
+        waiting: dict[int, Tensor] = {}
+        added = 0
+        for at, blobs in self.serving.cache.serve(groups):
+            use = uses[at]
+            y = self._maths.run(forms[at], blobs, x[use.tokens])
+            waiting[at] = (y * weight[use.tokens, use.positions, None]).to(out.dtype)
+            while added in waiting:
+                out.index_add_(0, uses[added].tokens, waiting.pop(added))
+                added += 1
+        return out
+
+    def _uses(self, index: Tensor, weight: Tensor) -> Iterator[Use]:
+        """The experts that a chunk uses, ascending; rows in the order in which eager transformers takes them."""
+        by_position = index.t()
+        for expert in index.unique().tolist():
+            if expert < self._num_experts:
+                positions, tokens = torch.where(by_position == expert)
+                yield Use(expert, tokens, positions, float(weight[tokens, positions].sum()))
+
+    def _choose(self, use: Use, *, decode: bool) -> str:
+        """The miss rule: the wanted form if it is there or worth waiting for, else the floor."""
+        serving, plan = self.serving, self.serving.plan
+        target = serving.blobs(self._index, use.expert, plan.target)
+        hit = serving.cache.resident(target)
+        form = plan.target
+        if not hit and decode and plan.floor is not None and self._take_floor(use, plan.floor):
+            form = plan.floor
+            serving.counts.floor_uses += 1
+            serving.cache.prefetch([target])
+        serving.counts.uses += 1
+        serving.counts.hits += hit
+        serving.ledger.add(self._index, form, use.gate)
+        return form
+
+    def _take_floor(self, use: Use, floor: str) -> bool:
+        cheap = use.gate < self.serving.plan.wait_threshold * len(use.tokens)
+        return cheap and self.serving.ledger.allows(self._index, floor, use.gate)
