@@ -165,9 +165,7 @@ class Evaluation(ABC):
         before, state = self.begin(self._tensor(prompts), len(targets) // len(prompts))
         given = torch.cat([before, targets[:, :-1].clamp(min=0)], 1)
         logits = self.model(**{self.tokens_argument: given}, **state, use_cache=False).logits
-        flat = cross_entropy(
-            logits.flatten(0, 1).float(), targets.flatten(), ignore_index=NO_TARGET, reduction="none"
-        )
+        flat = cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=NO_TARGET, reduction="none")
         return flat.view_as(targets).cpu()
 
     def _tensor(self, ids: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
@@ -318,9 +316,7 @@ def _valid_texts(corpus: Path, domains: Sequence[str] | None) -> dict[str, str]:
     found = {path.name.removesuffix(".valid.txt"): path for path in sorted(corpus.glob("*.valid.txt"))}
     names = list(found) if domains is None else list(domains)
     if not names or (missing := set(names) - set(found)):
-        raise UsageError(
-            f"{corpus} holds no validation text of {sorted(missing) if names else 'any domain'}."
-        )
+        raise UsageError(f"{corpus} holds no validation text of {sorted(missing) if names else 'any domain'}.")
     return {name: found[name].read_text("utf-8") for name in names}
 
 

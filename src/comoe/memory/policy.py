@@ -1,8 +1,4 @@
-"""Which resident blob should go first: bookkeeping only.
-
-A policy knows the blobs that may be evicted and how they were used. What is pinned, how many bytes there are and when
-to evict is `residency`'s business. A new policy is a class here and a subclass of the contract in tests/policies.py.
-"""
+"""Who leaves first: a policy is only bookkeeping. Bytes, pins and reads are `memory.residency`'s."""
 
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -12,30 +8,27 @@ from comoe.types import BlobId
 
 
 class Policy(Protocol):
-    """Orders resident blobs for eviction; every blob is inserted once, then touched or removed."""
+    """Order of eviction of the blobs that may leave."""
 
     def inserted(self, blob: BlobId, nbytes: int) -> None:
-        """`blob`, of `nbytes` bytes, has become resident."""
+        """`blob` came in."""
         ...
 
     def touched(self, blob: BlobId) -> None:
-        """`blob` was asked for. KeyError where it is not inserted."""
+        """`blob` was used."""
         ...
 
     def removed(self, blob: BlobId) -> None:
-        """`blob` was evicted, or pinned for ever. KeyError where it is not inserted."""
+        """`blob` went."""
         ...
 
     def victims(self) -> Iterator[BlobId]:
-        """Every inserted blob, the one to evict first first; the caller skips those in use.
-
-        Lazy: nothing may be inserted, touched or removed while it runs.
-        """
+        """Blobs in the order in which they should leave. The caller skips those that may not, and stops early."""
         ...
 
 
 class LRU:
-    """Least recently asked for goes first."""
+    """Least recently used first."""
 
     def __init__(self) -> None:
         self._order: OrderedDict[BlobId, None] = OrderedDict()

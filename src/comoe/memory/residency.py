@@ -1,22 +1,14 @@
-"""Which blobs are in memory, which come next and which go: the sans-I/O core of the cache.
+"""Which blobs are in memory, which are coming and which must go: a sans-I/O core.
 
-Events in (`demand`, `take`, `release`, `prefetch`, `loaded`, `failed`, `resize`), actions out (`next_load`, `evicted`,
-`news`). No clock, threads, bytes or I/O: `cache` and the simulator drive the very same code, one call at a time.
-
-The life of a claim, which is one group of blobs that somebody demanded:
-
-    WAITING ──admitted: parts pinned, room for the absent ones made──> LOADING ──last part loaded──> READY ──> TAKEN ──> DONE
-       ^                                                                  │                            │
-       └───────────────── retracted, newest first, by a shrink ───────────┴────────────────────────────┘
-
-A claim is admitted whole or not at all and in order of demand, so no two half-loaded groups can wait for each other:
-whatever is taken is released some day, and then the head of the queue has its room.
+Events in (`demand`, `loaded`, `release`, ...), actions out (`next_load`, `take_evictions`). No clock, no threads, no
+buffers: the runtime's cache and the simulator drive the same code.
 """
 
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from enum import Enum, auto
+from enum import Enum
+from itertools import count
 
 from comoe.memory.policy import Policy
 from comoe.types import BlobId, DoesNotFit
@@ -24,296 +16,252 @@ from comoe.types import BlobId, DoesNotFit
 Group = tuple[BlobId, ...]
 
 
-class Stage(Enum):
-    WAITING = auto()
-    LOADING = auto()
-    READY = auto()
-    TAKEN = auto()
-    DONE = auto()
+class Phase(Enum):
+    """A ticket's life: waiting for room, waiting for bytes, pinned and whole, or broken."""
 
-
-@dataclass(slots=True, eq=False)
-class Entry:
-    """A blob that has room: reserved (neither flag), loading or resident."""
-
-    blob: BlobId
-    nbytes: int
-    pins: int = 0
-    loading: bool = False
-    resident: bool = False
-    forever: bool = False
-    fresh: bool = False  # read ahead and not asked for since
-    waiters: "list[Claim]" = field(default_factory=list)
-
-
-@dataclass(slots=True, eq=False)
-class Demand:
-    """What one caller asked for in one go; `pending` of its claims were not taken yet."""
-
-    claims: "list[Claim]" = field(default_factory=list)
-    ready: "deque[Claim]" = field(default_factory=deque)
-    taken: "Claim | None" = None
-    pending: int = 0
-    misses: int = 0
-
-
-@dataclass(slots=True, eq=False)
-class Claim:
-    """One demanded group, the `position`-th of its demand. An `error` makes it READY with nothing pinned."""
-
-    demand: Demand
-    position: int
-    blobs: Group
-    stage: Stage = Stage.WAITING
-    missing: int = 0
-    entries: list[Entry] = field(default_factory=list)
-    error: BaseException | None = None
+    QUEUED = "queued"
+    LOADING = "loading"
+    READY = "ready"
+    FAILED = "failed"
 
 
 @dataclass(slots=True)
-class Counts:
-    """Blobs, unless the name says bytes. `unclaimed_failures`: reads that failed with nobody waiting for them."""
+class Ticket:
+    """A demand for all blobs of a group at once. They stay pinned from admission to `release`."""
 
-    evictions: int = 0
+    number: int
+    group: Group
+    phase: Phase = Phase.QUEUED
+    missing: set[BlobId] = field(default_factory=set)
+    error: Exception | None = None
+
+
+@dataclass(slots=True)
+class Entry:
+    """A blob that takes room: resident, or on its way where `loading`."""
+
+    nbytes: int
+    loading: bool
+    pins: int = 0
+    prefetched: bool = False
+
+
+@dataclass(slots=True)
+class Tally:
+    """Blobs, not bytes: what prefetching was worth."""
+
     prefetched: int = 0
     prefetch_used: int = 0
     prefetch_wasted: int = 0
-    prefetch_wasted_bytes: int = 0
-    prefetch_dropped: int = 0
-    unclaimed_failures: int = 0
+    prefetch_failed: int = 0
+    evicted: int = 0
 
 
 class Residency:
-    """Keeps at most `capacity` bytes resident, loading or reserved, and at most `in_flight` loads.
+    """Byte-bounded residency of blobs.
 
-    `nbytes` is what a blob costs, in bytes. After each event the edge forgets the blobs in `evicted` (and empties the
-    list), then calls `next_load` until it is None; `news` says that a claim became READY since somebody reset it.
+    Invariant, held by `check`: resident and loading blobs together never take more than `capacity`, but for pinned
+    ones after a shrink. `size_of` gives the memory that a blob takes; `largest_group` the most that one group takes
+    beside held blobs: a smaller capacity is refused, so that the first demand can always be admitted.
     """
 
     def __init__(
-        self, capacity: int, nbytes: Callable[[BlobId], int], policy: Policy, *, in_flight: int = 2
+        self,
+        capacity: int,
+        size_of: Callable[[BlobId], int],
+        policy: Policy,
+        *,
+        largest_group: int = 0,
+        in_flight: int = 1,
     ) -> None:
-        self.capacity = capacity
-        self.in_flight = in_flight
-        self.counts = Counts()
-        self.evicted: list[BlobId] = []
-        self.news = False
-        self.used_bytes = 0  # of every entry
-        self.forever_bytes = 0
-        self.largest_bytes = 0  # of a group, without its blobs that are pinned for ever
-        self._nbytes = nbytes
-        self._policy = policy
-        self._locked_bytes = 0  # of the entries that no eviction can free now
-        self._num_loading = 0
+        self.capacity, self._size_of, self._policy = capacity, size_of, policy
+        self._largest_group, self._in_flight = largest_group, in_flight
         self._entries: dict[BlobId, Entry] = {}
-        self._forever: set[BlobId] = set()
-        self._waiting: deque[Claim] = deque()
-        self._wanted: Counter[BlobId] = Counter()  # by claims in _waiting
-        self._admitted: dict[Claim, None] = {}  # LOADING or READY, oldest first
-        self._reserved: deque[Entry] = deque()  # to load in this order; may hold entries since dropped
-        self._ahead: dict[BlobId, None] = {}  # to read ahead in this order
-
-    # ---- what is there
+        self._held: set[BlobId] = set()
+        self._held_bytes = 0
+        self._queue: deque[Ticket] = deque()
+        self._active: dict[int, Ticket] = {}
+        self._hints: deque[BlobId] = deque()
+        self._starting: deque[BlobId] = deque()
+        self._evicting: list[BlobId] = []
+        self._num_loading = 0
+        self._numbers = count()
+        self.used = 0
+        self.tally = Tally()
 
     @property
     def smallest(self) -> int:
-        """The smallest capacity that `resize` would accept, in bytes."""
-        return self.forever_bytes + self.largest_bytes
+        """The least capacity: what is held for ever and one group."""
+        return self._held_bytes + self._largest_group
 
-    @property
-    def has_work(self) -> bool:
-        """Whether `next_load` may find something, if not now then once pins or loads end."""
-        return bool(self._waiting or self._reserved or self._ahead)
+    def resident(self, group: Iterable[BlobId]) -> bool:
+        """Whether every blob of `group` is in memory."""
+        entries = self._entries
+        return all(blob in entries and not entries[blob].loading for blob in group)
 
-    @property
-    def resident_bytes(self) -> int:
-        return sum(entry.nbytes for entry in self._entries.values() if entry.resident)
+    def demand(self, group: Sequence[BlobId]) -> Ticket:
+        """Ask for all blobs of `group`. Demands are admitted in order. Raises DoesNotFit where none could ever be."""
+        needed = self._held_bytes + sum(self._size_of(blob) for blob in set(group) - self._held)
+        if needed > self.capacity:
+            raise DoesNotFit(f"experts need at least {needed} bytes of memory, {self.capacity} were given.", needed)
+        ticket = Ticket(next(self._numbers), tuple(dict.fromkeys(group)))
+        self._active[ticket.number] = ticket
+        self._queue.append(ticket)
+        self._admit()
+        return ticket
 
-    def is_resident(self, group: Group) -> bool:
-        return self._find_resident(group) is not None
+    def release(self, ticket: Ticket) -> None:
+        """The consumer has done with `ticket`, or wants it no more."""
+        del self._active[ticket.number]
+        if ticket.phase is Phase.QUEUED:
+            self._queue.remove(ticket)
+        elif ticket.phase is not Phase.FAILED:
+            self._unpin(ticket.group)
+        self._make_room(0, ())
+        self._admit()
 
-    def is_forever(self, blob: BlobId) -> bool:
-        """Whether `blob` is resident and pinned for ever."""
-        entry = self._entries.get(blob)
-        return entry is not None and entry.resident and entry.forever
+    def hold(self, group: Sequence[BlobId]) -> None:
+        """Pin resident blobs for ever."""
+        for blob in group:
+            assert self.resident([blob])
+            if blob not in self._held:
+                self._held.add(blob)
+                self._entries[blob].pins += 1
+                self._held_bytes += self._entries[blob].nbytes
 
-    # ---- events: consumers
-
-    def demand(self, groups: Sequence[Group]) -> Demand:
-        """Ask for all `groups`: resident ones are READY at once in this order, the others queue in this order.
-
-        DoesNotFit, and nothing asked, where a group and the blobs pinned for ever exceed the capacity.
-        """
-        found = [self._find_resident(blobs) for blobs in groups]
-        if None in found:
-            self._refuse_too_large(blobs for blobs, entries in zip(groups, found, strict=True) if entries is None)
-        demand = Demand(pending=len(groups))
-        for position, (blobs, entries) in enumerate(zip(groups, found, strict=True)):
-            claim = Claim(demand, position, blobs)
-            demand.claims.append(claim)
-            if entries is None:
-                self._queue(claim)
-            else:
-                self._use(claim, entries)
-        demand.misses = found.count(None)
-        return demand
-
-    def take(self, demand: Demand) -> Claim | None:
-        """The next READY claim, pinned until `release`; None where none is. Look at its `error` first."""
-        if not demand.ready:
-            return None
-        claim = demand.ready.popleft()
-        self._admitted.pop(claim, None)
-        claim.stage = Stage.TAKEN
-        demand.taken = claim
-        demand.pending -= 1
-        return claim
-
-    def release(self, demand: Demand) -> None:
-        """Unpin what `take` gave last, if anything."""
-        claim = demand.taken
-        if claim is None:
-            return
-        demand.taken = None
-        self._drop(claim)
-        claim.stage = Stage.DONE
-        self._shrink()
-
-    def cancel(self, demand: Demand) -> None:
-        """Forget whatever is left of `demand`: its pins go, its loads under way end unpinned. Harmless if repeated."""
-        for claim in demand.claims:
-            if claim.stage is Stage.WAITING:
-                self._unqueue(claim)
-            self._admitted.pop(claim, None)
-            self._drop(claim)
-            claim.stage = Stage.DONE
-        demand.ready.clear()
-        demand.taken, demand.pending = None, 0
-        self._shrink()
-
-    def prefetch(self, blobs: Iterable[BlobId]) -> None:
-        """Read `blobs` ahead in this order, after all that was asked for before, whenever nothing demanded waits."""
-        self._ahead.update((blob, None) for blob in blobs if blob not in self._entries)
-
-    def cancel_prefetch(self) -> None:
-        """Forget what was to be read ahead and has not begun."""
-        self._ahead.clear()
-
-    # ---- events: the floor and the budget
-
-    def pin_forever(self, blobs: Iterable[BlobId]) -> tuple[BlobId, ...]:
-        """From now on, or from when they are loaded (`demand` them), never evict `blobs`; returns the new ones.
-
-        DoesNotFit, and nothing changed, where they leave no room for the largest group asked for so far.
-        """
-        new = tuple(blob for blob in dict.fromkeys(blobs) if blob not in self._forever)
-        nbytes = sum(map(self._nbytes, new))
-        self._refuse_below(self.smallest + nbytes, self.capacity)
-        self.forever_bytes += nbytes
-        self._forever.update(new)
-        for entry in self._residents(new):
-            self._policy.removed(entry.blob)
-            self._settle_forever(entry)
-        return new
-
-    def unpin_forever(self, blobs: Iterable[BlobId]) -> None:
-        """Undo `pin_forever`. KeyError where a blob is not pinned for ever."""
-        gone = tuple(blobs)
-        for blob in gone:
-            self._forever.remove(blob)
-            self.forever_bytes -= self._nbytes(blob)
-        for entry in self._residents(gone):
-            entry.forever = False
-            self._policy.inserted(entry.blob, entry.nbytes)
-            self._unpin(entry)
-        self._shrink()
-
-    def resize(self, capacity: int, largest_bytes: int | None = None) -> None:
-        """Change the capacity; evict at once what can go, the rest as takers release and loads end.
-
-        Claims that are not taken yet lose their pins, newest first, and queue again. `largest_bytes`: the largest
-        group that will be asked for, where that is less than it was. DoesNotFit below what is pinned for ever
-        plus the largest group.
-        """
-        largest = self.largest_bytes if largest_bytes is None else max(largest_bytes, self._largest_claim())
-        self._refuse_below(self.forever_bytes + largest, capacity)
-        self.largest_bytes = largest
-        self.capacity = capacity
-        self._shrink()
-
-    # ---- events: loads
+    def prefetch(self, group: Iterable[BlobId]) -> None:
+        """Read `group` when nothing is demanded and if room can be made. A hint: it may never happen."""
+        self._hints.extend(blob for blob in group if blob not in self._entries)
 
     def next_load(self) -> BlobId | None:
-        """The blob to begin to load now; report it by `loaded` or `failed`. Demands first, prefetches after."""
-        if self._num_loading >= self.in_flight:
+        """The blob to read now, once what `take_evictions` names is gone; None where nothing may start."""
+        self._admit()
+        if self._num_loading >= self._in_flight:
             return None
-        entry = self._next_demanded() or self._next_ahead()
-        if entry is None:
+        if not self._starting and not self._queue:
+            self._take_hint()
+        if not self._starting:
             return None
-        entry.loading = True
         self._num_loading += 1
-        return entry.blob
+        return self._starting.popleft()
+
+    def take_evictions(self) -> list[BlobId]:
+        """Blobs that left since the last call: their memory is the caller's to free."""
+        gone, self._evicting = self._evicting, []
+        return gone
 
     def loaded(self, blob: BlobId) -> None:
-        entry = self._entries[blob]
+        """The bytes of `blob` are there."""
         self._num_loading -= 1
-        entry.loading, entry.resident = False, True
-        if entry.pins == 0:
-            self._locked_bytes -= entry.nbytes
-        if blob in self._forever:
-            self._settle_forever(entry)
-        else:
-            self._policy.inserted(blob, entry.nbytes)
-        for claim in entry.waiters:
-            claim.missing -= 1
-            if claim.missing == 0:
-                self._ready(claim)
-        entry.waiters.clear()
-        self._shrink()
+        self._entries[blob].loading = False
+        self._policy.inserted(blob, self._entries[blob].nbytes)
+        for ticket in self._active.values():
+            if blob in ticket.missing:
+                ticket.missing.discard(blob)
+                if not ticket.missing:
+                    ticket.phase = Phase.READY
+        self._make_room(0, ())
+        self._admit()
 
-    def failed(self, blob: BlobId, error: BaseException) -> None:
-        """The load ended with `error`: every claim on the blob becomes READY with it; a later demand tries again."""
-        entry = self._entries[blob]
+    def failed(self, blob: BlobId, error: Exception) -> None:
+        """The bytes of `blob` could not be read: every ticket that waits for it fails; a later demand tries again."""
         self._num_loading -= 1
-        entry.loading = False
-        self.counts.unclaimed_failures += not entry.waiters
-        claims = tuple(dict.fromkeys(entry.waiters))
-        for claim in claims:
-            claim.error = error
-            del self._admitted[claim]
-            self._drop(claim)
-            self._ready(claim)
-        if not claims:
-            self._forget(entry)
+        for ticket in self._active.values():
+            if blob in ticket.missing:
+                ticket.phase, ticket.error = Phase.FAILED, error
+                self._unpin(ticket.group)
+                ticket.missing.clear()
+        entry = self._entries.pop(blob)
+        self.used -= entry.nbytes
+        self.tally.prefetch_failed += entry.prefetched
+        self._evicting.append(blob)
+        self._admit()
 
-    # ---- invariants
+    def resize(self, capacity: int) -> None:
+        """Change the capacity; what is pinned beyond it leaves when it is released. Raises DoesNotFit."""
+        if capacity < self.smallest:
+            raise DoesNotFit(
+                f"experts need at least {self.smallest} bytes of memory, {capacity} were given.", self.smallest
+            )
+        self.capacity = capacity
+        self._hints.clear()
+        self._make_room(0, ())
+        self._admit()
 
     def check(self) -> None:
-        """Assert what must hold between any two events."""
-        entries = self._entries.values()
-        assert self.used_bytes == sum(entry.nbytes for entry in entries)
-        locked = [entry for entry in entries if entry.pins or not entry.resident]
-        assert self._locked_bytes == sum(entry.nbytes for entry in locked)
-        assert self._num_loading == sum(entry.loading for entry in entries) <= self.in_flight
-        assert self.smallest <= self.capacity
-        # After a shrink only what is taken, pinned for ever or being loaded may stay, until it ends.
-        over = self.used_bytes > self.capacity
-        assert not over or (not self._admitted and self.used_bytes == self._locked_bytes)
-        assert sorted(self._policy.victims()) == sorted(e.blob for e in entries if e.resident and not e.forever)
-        assert all(entry.pins or entry.loading or entry.resident for entry in entries)
-        assert +self._wanted == Counter(blob for claim in self._waiting for blob in claim.blobs)
+        """Assert the invariants."""
+        assert self.used == sum(entry.nbytes for entry in self._entries.values())
+        movable = [blob for blob, entry in self._entries.items() if not entry.pins and not entry.loading]
+        assert self.used <= self.capacity or not movable
+        assert all(self._entries[blob].pins > 0 for blob in self._held)
+        admitted = [ticket for ticket in self._active.values() if ticket.phase in (Phase.LOADING, Phase.READY)]
+        for blob, entry in self._entries.items():
+            assert entry.pins == sum(blob in ticket.group for ticket in admitted) + (blob in self._held)
 
-    # ---- claims
+    def _admit(self) -> None:
+        """Give room to queued tickets, in order, as far as it goes."""
+        while self._queue:
+            ticket = self._queue[0]
+            absent = [blob for blob in ticket.group if blob not in self._entries]
+            if not self._make_room(sum(map(self._size_of, absent)), ticket.group):
+                return
+            self._queue.popleft()
+            for blob in absent:
+                self._enter(blob)
+            for blob in ticket.group:
+                self._pin(blob)
+            ticket.missing = {blob for blob in ticket.group if self._entries[blob].loading}
+            ticket.phase = Phase.LOADING if ticket.missing else Phase.READY
 
-    def _find_resident(self, group: Group) -> list[Entry] | None:
-        """The group's entries if all are resident."""
-        entries = []
-        nbytes = 0
+    def _take_hint(self) -> None:
+        while self._hints:
+            blob = self._hints.popleft()
+            if blob not in self._entries and self._make_room(self._size_of(blob), (blob,)):
+                self._enter(blob)
+                self._entries[blob].prefetched = True
+                self.tally.prefetched += 1
+                return
+
+    def _enter(self, blob: BlobId) -> None:
+        self._entries[blob] = Entry(self._size_of(blob), loading=True)
+        self.used += self._entries[blob].nbytes
+        self._starting.append(blob)
+
+    def _pin(self, blob: BlobId) -> None:
+        entry = self._entries[blob]
+        entry.pins += 1
+        if entry.prefetched:
+            entry.prefetched = False
+            self.tally.prefetch_used += 1
+        if not entry.loading:
+            self._policy.touched(blob)
+
+    def _unpin(self, group: Group) -> None:
         for blob in group:
-            entry = self._entries.get(blob)
-            if entry is None or not entry.resident:
-                return None
-            entries.append(entry)
-            if not entry.forever:
-                nbytes += entry.nbytes
-        return entries
+            self._entries[blob].pins -= 1
+
+    def _make_room(self, nbytes: int, keep: Sequence[BlobId]) -> bool:
+        """Evict until `nbytes` more fit; False, and nothing evicted for it, where that cannot be."""
+        excess = self.used + nbytes - self.capacity
+        if excess <= 0:
+            return True
+        leaving = []
+        for blob in self._policy.victims():
+            if excess <= 0:
+                break
+            if not self._entries[blob].pins and blob not in keep:
+                leaving.append(blob)
+                excess -= self._entries[blob].nbytes
+        if excess > 0 and nbytes:
+            return False
+        for blob in leaving:
+            self._evict(blob)
+        return excess <= 0
+
+    def _evict(self, blob: BlobId) -> None:
+        entry = self._entries.pop(blob)
+        self._policy.removed(blob)
+        self.used -= entry.nbytes
+        self.tally.evicted += 1
+        self.tally.prefetch_wasted += entry.prefetched
+        self._evicting.append(blob)

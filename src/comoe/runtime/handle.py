@@ -105,5 +105,3 @@ class Comoe:
         room = self.cache.capacity - self.cache.smallest
         if excess > 0 and room > 0:
             self.cache.resize(self.cache.capacity - min(excess, room))
-
-

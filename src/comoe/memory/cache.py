@@ -1,0 +1,220 @@
+"""The blob cache: residency, arena and I/O threads joined. The only place of this floor that waits."""
+
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from types import TracebackType
+
+from comoe.memory.arena import Arena, Buffer
+from comoe.memory.policy import LRU, Policy
+from comoe.memory.residency import Group, Phase, Residency, Tally, Ticket
+from comoe.store.layout import PAGE, align
+from comoe.store.source import Source
+from comoe.types import BlobId, DoesNotFit
+
+
+@dataclass(slots=True)
+class CacheStats:
+    """Reads so far; `bytes_read` by tier."""
+
+    reads: int = 0
+    bytes_read: dict[str, int] = field(default_factory=dict)
+    tally: Tally = field(default_factory=Tally)
+
+
+class BlobCache:
+    """Blobs of `source` within `capacity` bytes of anonymous memory.
+
+    `largest_group` is the most bytes that blobs demanded together take; `io_threads` reads are in flight at once.
+    One thread consumes (`serve`); `resize`, `prefetch` and the properties may be called from any.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        capacity: int,
+        *,
+        largest_group: int = 0,
+        policy: Policy | None = None,
+        io_threads: int = 1,
+    ) -> None:
+        self._source = source
+        self._residency = Residency(
+            capacity, self._held_size, policy or LRU(), largest_group=largest_group, in_flight=io_threads
+        )
+        if capacity < largest_group:
+            raise DoesNotFit(f"experts need at least {largest_group} bytes, {capacity} were given.", largest_group)
+        self._arena = Arena(capacity)
+        self._buffers: dict[BlobId, Buffer] = {}
+        self._stats = CacheStats()
+        self._closed = False
+        self._changed = threading.Condition()
+        self._threads = [threading.Thread(target=self._run, daemon=True, name="comoe-io") for _ in range(io_threads)]
+        for thread in self._threads:
+            thread.start()
+
+    def serve(self, groups: Sequence[Group]) -> Iterator[tuple[int, tuple[Buffer, ...]]]:
+        """Yield (position in `groups`, the blobs' bytes) as they are there: resident ones first, then by arrival.
+
+        A group is pinned until the next is asked for. Raises what the source raised for a group; DoesNotFit where a
+        group is larger than the capacity.
+        """
+        tickets = self._demand(groups)
+        try:
+            while tickets:
+                position, ticket = self._next_ready(tickets)
+                del tickets[position]
+                try:
+                    if ticket.error is not None:
+                        raise ticket.error
+                    yield position, tuple(self._bytes(blob) for blob in groups[position])
+                finally:
+                    self._release([ticket])
+        finally:
+            self._release(tickets.values())
+
+    def resident(self, group: Group) -> bool:
+        """Whether every blob of `group` is in memory now."""
+        with self._changed:
+            return self._residency.resident(group)
+
+    def hold(self, blobs: Sequence[BlobId]) -> None:
+        """Read `blobs` and keep them for ever: the floor. Raises DoesNotFit where they leave no room for a group."""
+        total = sum(map(self._held_size, dict.fromkeys(blobs))) + self._residency.smallest
+        if total > self.capacity:
+            raise DoesNotFit(f"the floor needs {total} bytes of memory, {self.capacity} were given.", total)
+        for blob in blobs:
+            for _ in self.serve([(blob,)]):
+                with self._changed:
+                    self._residency.hold([blob])
+
+    def prefetch(self, groups: Sequence[Group]) -> None:
+        """Hint that `groups` will be wanted; read when nothing is demanded. Errors are counted, not raised."""
+        with self._changed:
+            for group in groups:
+                self._residency.prefetch(group)
+            self._changed.notify_all()
+
+    def resize(self, capacity: int) -> None:
+        """Change the capacity. What is not pinned leaves at once, a pinned group when its consumer has done with it.
+
+        Raises DoesNotFit, and changes nothing, below the floor and one group.
+        """
+        with self._changed:
+            self._residency.resize(capacity)
+            self._arena.capacity = capacity
+            self._apply_evictions()
+            self._arena.resize(capacity)
+            self._changed.notify_all()
+
+    @property
+    def capacity(self) -> int:
+        return self._residency.capacity
+
+    @property
+    def smallest(self) -> int:
+        """The least capacity that `resize` accepts."""
+        return self._residency.smallest
+
+    @property
+    def resident_bytes(self) -> int:
+        """Memory of resident and arriving blobs."""
+        return self._residency.used
+
+    @property
+    def stats(self) -> CacheStats:
+        """A copy of the counters."""
+        with self._changed:
+            return replace(self._stats, bytes_read=dict(self._stats.bytes_read), tally=replace(self._residency.tally))
+
+    def close(self) -> None:
+        """Stop the I/O threads. May be called twice."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
+
+    def __enter__(self) -> "BlobCache":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _held_size(self, blob: BlobId) -> int:
+        return align(self._source.nbytes(blob), PAGE)
+
+    def _bytes(self, blob: BlobId) -> Buffer:
+        return self._buffers[blob][: self._source.nbytes(blob)]
+
+    def _demand(self, groups: Sequence[Group]) -> dict[int, Ticket]:
+        with self._changed:
+            if self._closed:
+                raise RuntimeError("the cache is closed")
+            here = [self._residency.resident(group) for group in groups]
+            order = sorted(range(len(groups)), key=lambda position: not here[position])
+            tickets = {position: self._residency.demand(groups[position]) for position in order}
+            self._apply_evictions()
+            if not all(here):
+                self._changed.notify_all()
+            return tickets
+
+    def _next_ready(self, tickets: dict[int, Ticket]) -> tuple[int, Ticket]:
+        """The first ticket that is whole or broken; waits for one."""
+        with self._changed:
+            while True:
+                for position, ticket in tickets.items():
+                    if ticket.phase in (Phase.READY, Phase.FAILED):
+                        return position, ticket
+                self._changed.wait()
+
+    def _release(self, tickets: Iterable[Ticket]) -> None:
+        with self._changed:
+            for ticket in tickets:
+                self._residency.release(ticket)
+            self._apply_evictions()
+            self._changed.notify_all()
+
+    def _apply_evictions(self) -> None:
+        """Give the buffers of evicted blobs back. The lock is held."""
+        for blob in self._residency.take_evictions():
+            buffer = self._buffers.pop(blob, None)
+            if buffer is not None:
+                self._arena.give(buffer)
+
+    def _run(self) -> None:
+        """An I/O thread's life: start what residency asks for, read it, report."""
+        while (work := self._next_load()) is not None:
+            blob, buffer = work
+            error = self._read(blob, buffer)
+            with self._changed:
+                if error is None:
+                    self._residency.loaded(blob)
+                else:
+                    self._residency.failed(blob, error)
+                self._apply_evictions()
+                self._changed.notify_all()
+
+    def _next_load(self) -> tuple[BlobId, Buffer] | None:
+        with self._changed:
+            while not self._closed:
+                blob = self._residency.next_load()
+                self._apply_evictions()
+                if blob is not None:
+                    buffer = self._buffers[blob] = self._arena.take(self._source.nbytes(blob))
+                    return blob, buffer
+                self._changed.wait()
+            return None
+
+    def _read(self, blob: BlobId, buffer: Buffer) -> Exception | None:
+        try:
+            self._source.read(blob, buffer.data)
+        except Exception as error:
+            return error
+        with self._changed:
+            nbytes = self._source.nbytes(blob)
+            self._stats.reads += 1
+            self._stats.bytes_read[self._source.tier] = self._stats.bytes_read.get(self._source.tier, 0) + nbytes
+        return None
