@@ -1,0 +1,113 @@
+"""The safetensors files of a checkpoint folder: which tensor lies where, trusting nothing that a header says."""
+
+import json
+import os
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from comoe.types import CheckpointError, Extent, HostileFile, MissingShard, TruncatedShard
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+MAX_HEADER_BYTES = 100 * 1024 * 1024
+BITS = {
+    "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U8": 8, "BOOL": 8,
+    "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "U16": 16, "U32": 32, "U64": 64, "F4": 4,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor in a file: `dtype` in safetensors' spelling, and its bytes' extent."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    extent: Extent
+
+
+def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """All tensors of the checkpoint in `folder`, by hub name.
+
+    Raises MissingShard, TruncatedShard, HostileFile, or CheckpointError where there are no safetensors files.
+    """
+    index = folder / INDEX
+    if not index.exists():
+        return read_file_header(folder, _single_file(folder))
+    mapping = _weight_map(index)
+    tensors: dict[str, StoredTensor] = {}
+    for file in sorted(set(mapping.values())):
+        tensors |= read_file_header(folder, file)
+    lacking = sorted(set(mapping) - set(tensors))
+    if lacking:
+        raise MissingShard(f"{folder}: the index names {lacking[0]}, which no file holds: download it again.")
+    return tensors
+
+
+def read_file_header(folder: Path, file: str) -> dict[str, StoredTensor]:
+    """The tensors of one file, from its header alone."""
+    path = folder / file
+    try:
+        with path.open("rb") as handle:
+            size = os.fstat(handle.fileno()).st_size
+            length = int.from_bytes(handle.read(8), "little")
+            if size < 8 or length > MAX_HEADER_BYTES:
+                raise HostileFile(f"{path}: not a safetensors file (a header of {length} bytes): download it again.")
+            if length > size - 8:
+                raise TruncatedShard(f"{path} ends inside its header: download it again.")
+            header = json.loads(handle.read(length))
+    except FileNotFoundError as error:
+        raise MissingShard(f"{path} is missing: download the checkpoint again.") from error
+    except ValueError as error:
+        raise HostileFile(f"{path}: the header is not JSON: download it again.") from error
+    tensors = _parse(path, file, header, 8 + length)
+    end = max((tensor.extent.offset + tensor.extent.length for tensor in tensors.values()), default=0)
+    if end > size:
+        raise TruncatedShard(f"{path} has {size} bytes, its header announces {end}: download it again.")
+    return tensors
+
+
+def _single_file(folder: Path) -> str:
+    if (folder / SINGLE).exists():
+        return SINGLE
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
+        raise CheckpointError(f"{folder} holds pickled weights only: convert them to safetensors first.")
+    raise MissingShard(f"{folder} holds neither {SINGLE} nor {INDEX}: download the checkpoint again.")
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        mapping = json.loads(index.read_bytes())["weight_map"]
+        sound = all(type(k) is str and type(v) is str and Path(v).name == v for k, v in mapping.items())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise HostileFile(f"{index} is not an index of weights: download it again.") from error
+    if not sound or not mapping:
+        raise HostileFile(f"{index} names files outside its folder, or none.")
+    return dict(mapping)
+
+
+def _parse(path: Path, file: str, header: Any, data_start: int) -> dict[str, StoredTensor]:
+    try:
+        tensors = {
+            name: _tensor(name, entry, file, data_start) for name, entry in header.items() if name != "__metadata__"
+        }
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise HostileFile(f"{path}: the header breaks the safetensors format ({error}).") from error
+    end = data_start
+    for extent in sorted(tensor.extent for tensor in tensors.values()):
+        if extent.offset < end:
+            raise HostileFile(f"{path}: tensors overlap.")
+        end = extent.offset + extent.length
+    return tensors
+
+
+def _tensor(name: str, entry: Any, file: str, data_start: int) -> StoredTensor:
+    begin, end = entry["data_offsets"]
+    shape = tuple(entry["shape"])
+    if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
+        raise ValueError(f"{name}: sizes must be whole numbers")
+    if (end - begin) * 8 != prod(shape) * BITS[entry["dtype"]]:
+        raise ValueError(f"{name}: shape and bytes disagree")
+    return StoredTensor(name, entry["dtype"], shape, Extent(file, data_start + begin, end - begin))

@@ -1,0 +1,247 @@
+"""The residency core against a dict of what the edge holds, and its promises one by one."""
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from policies import PolicyContract, blob
+
+from comoe.memory.policy import LRU, Policy
+from comoe.memory.residency import Phase, Residency, Ticket
+from comoe.types import BlobId, DoesNotFit
+
+LARGEST = 9  # three parts of 3
+NUM_BLOBS = 10
+
+
+def size_of(name: BlobId) -> int:
+    return 1 + name.row % 3
+
+
+def make(capacity: int, **settings: int) -> Residency:
+    return Residency(capacity, size_of, LRU(), **settings)
+
+
+def load_all(core: Residency) -> list[BlobId]:
+    """Carry out every load that the core asks for; the blobs, in order."""
+    order = []
+    while (name := core.next_load()) is not None:
+        core.take_evictions()
+        core.loaded(name)
+        order.append(name)
+    return order
+
+
+def group(*rows: int) -> tuple[BlobId, ...]:
+    return tuple(blob(row) for row in rows)
+
+
+groups = st.lists(st.integers(0, NUM_BLOBS - 1), min_size=1, max_size=3, unique=True).map(lambda rows: group(*rows))
+
+
+class TestLRU(PolicyContract):
+    def make(self) -> Policy:
+        return LRU()
+
+    def test_the_least_recently_used_goes_first(self) -> None:
+        policy = self.filled(3)
+        policy.touched(blob(0))
+        assert list(policy.victims()) == [blob(1), blob(2), blob(0)]
+
+
+class ResidencyMachine(RuleBasedStateMachine):
+    """`memory` is the edge's own book: True where a blob's bytes are there, False while they are read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.core = make(16, largest_group=LARGEST, in_flight=2)
+        self.memory: dict[BlobId, bool] = {}
+        self.tickets: list[Ticket] = []
+        self.held: set[BlobId] = set()
+        self.used = 0
+
+    def settle(self) -> None:
+        for name in self.core.take_evictions():
+            assert name not in self.pinned()
+            self.memory.pop(name, None)
+
+    def pinned(self) -> set[BlobId]:
+        ready = [ticket for ticket in self.tickets if ticket.phase is Phase.READY]
+        return self.held.union(*(ticket.group for ticket in ready))
+
+    def loading(self) -> list[BlobId]:
+        return [name for name, there in self.memory.items() if not there]
+
+    @precondition(lambda self: len(self.tickets) < 6)
+    @rule(wanted=groups)
+    def demand(self, wanted: tuple[BlobId, ...]) -> None:
+        self.tickets.append(self.core.demand(wanted))
+        self.settle()
+
+    @rule(wanted=groups)
+    def prefetch(self, wanted: tuple[BlobId, ...]) -> None:
+        self.core.prefetch(wanted)
+
+    @rule()
+    def begin(self) -> None:
+        name = self.core.next_load()
+        self.settle()
+        if name is not None:
+            assert name not in self.memory
+            self.memory[name] = False
+        assert len(self.loading()) <= 2
+
+    @precondition(lambda self: self.loading())
+    @rule(data=st.data(), fails=st.sampled_from([False, False, False, True]))
+    def end(self, data: st.DataObject, fails: bool) -> None:
+        name = data.draw(st.sampled_from(self.loading()))
+        if fails:
+            self.core.failed(name, OSError("gone"))
+        else:
+            self.memory[name] = True
+            self.core.loaded(name)
+        self.settle()
+
+    @precondition(lambda self: self.tickets)
+    @rule(data=st.data())
+    def release(self, data: st.DataObject) -> None:
+        ticket = self.tickets.pop(data.draw(st.integers(0, len(self.tickets) - 1)))
+        self.core.release(ticket)
+        self.settle()
+
+    @rule(data=st.data())
+    def hold(self, data: st.DataObject) -> None:
+        there = sorted(name for name in self.pinned() - self.held if self.memory[name])
+        if there:
+            name = data.draw(st.sampled_from(there))
+            if self.core.smallest + size_of(name) <= self.core.capacity:
+                self.core.hold([name])
+                self.held.add(name)
+
+    @rule(capacity=st.integers(6, 24))
+    def resize(self, capacity: int) -> None:
+        if capacity < self.core.smallest:
+            with pytest.raises(DoesNotFit):
+                self.core.resize(capacity)
+        else:
+            self.core.resize(capacity)
+        self.settle()
+
+    @invariant()
+    def the_budget_holds(self) -> None:
+        self.core.check()
+        assert sum(size_of(name) for name in self.memory) <= self.core.used
+        # Beyond the capacity only after a shrink, and then never growing.
+        assert self.core.used <= max(self.core.capacity, self.used)
+        self.used = self.core.used
+
+    @invariant()
+    def what_is_pinned_is_there(self) -> None:
+        assert all(self.memory.get(name) for name in self.pinned())
+
+    def teardown(self) -> None:
+        """Whatever is demanded is served in the end by a consumer who holds one group at a time."""
+        for _ in range(200):
+            done = next((t for t in self.tickets if t.phase in (Phase.READY, Phase.FAILED)), None)
+            if done is not None:
+                self.tickets.remove(done)
+                self.core.release(done)
+                self.settle()
+                continue
+            self.begin()
+            for name in self.loading()[:1]:
+                self.memory[name] = True
+                self.core.loaded(name)
+                self.settle()
+        assert not self.tickets
+
+
+TestResidencyMachine = ResidencyMachine.TestCase
+TestResidencyMachine.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+
+
+def test_parts_of_a_group_load_in_its_order_and_only_then_it_is_ready() -> None:
+    core = make(10)
+    ticket = core.demand(group(2, 0, 1))
+    seen = []
+    while (name := core.next_load()) is not None:
+        assert ticket.phase is Phase.LOADING
+        core.loaded(name)
+        seen.append(name)
+    assert seen == list(group(2, 0, 1))
+    assert ticket.phase is Phase.READY
+
+
+def test_a_resident_group_is_ready_at_once() -> None:
+    core = make(10)
+    core.release(core.demand(group(0, 1)))
+    load_all(core)
+    assert core.demand(group(0, 1)).phase is Phase.READY
+
+
+def test_a_group_that_can_never_fit_is_refused_with_the_smallest_capacity() -> None:
+    with pytest.raises(DoesNotFit) as refusal:
+        make(5).demand(group(0, 1, 2))
+    assert refusal.value.smallest == 6
+
+
+def test_a_shrink_below_the_floor_and_one_group_is_refused_and_changes_nothing() -> None:
+    core = make(14, largest_group=LARGEST)
+    ticket = core.demand(group(2))
+    load_all(core)
+    core.hold(group(2))
+    core.release(ticket)
+    with pytest.raises(DoesNotFit) as refusal:
+        core.resize(11)
+    assert refusal.value.smallest == 12
+    assert core.capacity == 14
+
+
+def test_a_demand_is_read_before_earlier_prefetches() -> None:
+    core = make(14)
+    core.prefetch(group(0, 1, 2))
+    core.demand(group(5))
+    assert core.next_load() == blob(5)
+
+
+def test_a_blob_that_is_being_prefetched_is_not_read_twice_when_demanded() -> None:
+    core = make(14, in_flight=2)
+    core.prefetch(group(0))
+    assert core.next_load() == blob(0)
+    ticket = core.demand(group(0))
+    assert core.next_load() is None
+    core.loaded(blob(0))
+    assert ticket.phase is Phase.READY
+    assert core.tally.prefetch_used == 1
+
+
+def test_a_prefetch_never_evicts_what_is_pinned() -> None:
+    core = make(3)
+    ticket = core.demand(group(2))
+    load_all(core)
+    core.prefetch(group(1))
+    assert core.next_load() is None
+    assert core.resident(ticket.group)
+
+
+def test_a_failed_blob_fails_every_ticket_that_waits_for_it_and_can_be_asked_again() -> None:
+    core = make(14, in_flight=2)
+    first, second, other = core.demand(group(0, 1)), core.demand(group(0, 2)), core.demand(group(5))
+    assert core.next_load() == blob(0)
+    error = OSError("gone")
+    core.failed(blob(0), error)
+    assert (first.phase, second.phase, first.error, second.error) == (Phase.FAILED, Phase.FAILED, error, error)
+    load_all(core)
+    assert other.phase is Phase.READY
+    again = core.demand(group(0))
+    load_all(core)
+    assert again.phase is Phase.READY
+
+
+def test_a_wrong_prefetch_is_counted_as_wasted_when_it_is_evicted() -> None:
+    core = make(3)
+    core.prefetch(group(1))
+    load_all(core)
+    core.demand(group(2))
+    load_all(core)
+    assert (core.tally.prefetched, core.tally.prefetch_used, core.tally.prefetch_wasted) == (1, 0, 1)
