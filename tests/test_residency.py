@@ -36,7 +36,9 @@ def group(*rows: int) -> tuple[BlobId, ...]:
     return tuple(blob(row) for row in rows)
 
 
-groups = st.lists(st.integers(0, NUM_BLOBS - 1), min_size=1, max_size=3, unique=True).map(lambda rows: group(*rows))
+groups = st.lists(st.integers(0, NUM_BLOBS - 1), min_size=1, max_size=3, unique=True).map(
+    lambda rows: group(*rows)
+)
 
 
 class TestLRU(PolicyContract):
@@ -174,8 +176,9 @@ def test_parts_of_a_group_load_in_its_order_and_only_then_it_is_ready() -> None:
 
 def test_a_resident_group_is_ready_at_once() -> None:
     core = make(10)
-    core.release(core.demand(group(0, 1)))
+    ticket = core.demand(group(0, 1))
     load_all(core)
+    core.release(ticket)
     assert core.demand(group(0, 1)).phase is Phase.READY
 
 
@@ -230,7 +233,12 @@ def test_a_failed_blob_fails_every_ticket_that_waits_for_it_and_can_be_asked_aga
     assert core.next_load() == blob(0)
     error = OSError("gone")
     core.failed(blob(0), error)
-    assert (first.phase, second.phase, first.error, second.error) == (Phase.FAILED, Phase.FAILED, error, error)
+    assert (first.phase, second.phase, first.error, second.error) == (
+        Phase.FAILED,
+        Phase.FAILED,
+        error,
+        error,
+    )
     load_all(core)
     assert other.phase is Phase.READY
     again = core.demand(group(0))

@@ -105,7 +105,6 @@ class SiteMath:
                 high=_tensor(planes[leaf.name, "high"], "uint8", halves),
                 low=None if low is None else _tensor(low, "uint8", halves),
             ),
-            BITS[form],
             group,
         ).to(self._dtype)
         return weight.t().contiguous() if leaf.transposed else weight
