@@ -16,8 +16,6 @@ NBYTES = 5000  # two pages
 GROUP = 4 * PAGE  # what a group of two blobs costs
 PATIENCE_S = 20.0
 
-known_defect = pytest.mark.xfail(strict=True, reason="not obeyed yet: remove the mark with the fix")
-
 
 class GatedSource:
     """Blobs of NBYTES equal bytes. While `gated`, each read announces itself in `begun` and waits for `let`."""
@@ -60,8 +58,7 @@ def group(row: int) -> tuple[BlobId, BlobId]:
 def right(position_row: int, parts: tuple[np.ndarray, ...]) -> bool:
     wanted = group(position_row)
     return all(
-        part.shape == (NBYTES,) and (part == value(name)).all()
-        for name, part in zip(wanted, parts, strict=True)
+        part.shape == (NBYTES,) and (part == value(name)).all() for name, part in zip(wanted, parts, strict=True)
     )
 
 
@@ -116,6 +113,14 @@ def test_resident_groups_come_first_in_order_and_the_others_as_they_arrive() -> 
         list(cache.serve([group(3), group(1)]))
         order = [position for position, _ in cache.serve([group(row) for row in range(5)])]
         assert order == [1, 3, 0, 2, 4]
+
+
+def test_a_resident_group_asked_for_last_is_not_evicted_for_the_others() -> None:
+    with opened(2) as (cache, source):
+        list(cache.serve([group(1)]))
+        order = [position for position, _ in cache.serve([group(0), group(2), group(1)])]
+        assert order == [2, 0, 1]
+        assert source.order.count(group(1)[0]) == 1
 
 
 def test_reads_go_on_while_the_consumer_computes() -> None:
@@ -202,6 +207,17 @@ def test_a_resize_gives_anonymous_memory_back() -> None:
         assert cache.resident_bytes <= cache._arena.mapped <= 2 * GROUP
 
 
+def test_a_resize_gives_back_memory_that_no_blob_is_in() -> None:
+    with opened(2) as (cache, source):
+        source.broken.update(group(1))
+        list(cache.serve([group(0)]))
+        with pytest.raises(OSError, match="broken"):
+            list(cache.serve([group(1)]))
+        assert cache._arena.mapped > GROUP
+        cache.resize(GROUP)
+        assert cache._arena.mapped <= GROUP
+
+
 def test_a_used_prefetch_and_a_wasted_one_are_told_apart() -> None:
     with opened(2) as (cache, source):
         cache.prefetch([group(1)])
@@ -256,7 +272,6 @@ def test_a_closed_cache_serves_nobody() -> None:
         list(cache.serve([group(0)]))
 
 
-@known_defect
 def test_a_shrink_takes_room_from_reads_that_have_not_begun() -> None:
     with opened(6) as (cache, source):
         source.gated = True
@@ -273,7 +288,6 @@ def test_a_shrink_takes_room_from_reads_that_have_not_begun() -> None:
         assert all(right(position, parts) for position, parts in serving)
 
 
-@known_defect
 def test_a_demand_that_is_refused_leaves_nothing_pinned() -> None:
     with opened(2) as (cache, _):
         list(cache.serve([group(0)]))
@@ -284,7 +298,6 @@ def test_a_demand_that_is_refused_leaves_nothing_pinned() -> None:
         assert outcome and not isinstance(outcome[0], Exception)
 
 
-@known_defect
 def test_closing_wakes_a_consumer_that_waits() -> None:
     with opened(2) as (cache, source):
         source.gated = True
@@ -297,7 +310,6 @@ def test_closing_wakes_a_consumer_that_waits() -> None:
         assert outcome and isinstance(outcome[0], RuntimeError)
 
 
-@known_defect
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_memory_that_the_system_refuses_is_an_error_of_the_consumer(monkeypatch: pytest.MonkeyPatch) -> None:
     with opened(2) as (cache, _):
@@ -311,7 +323,6 @@ def test_memory_that_the_system_refuses_is_an_error_of_the_consumer(monkeypatch:
         assert outcome and isinstance(outcome[0], OSError)
 
 
-@known_defect
 def test_reads_for_an_abandoned_demand_do_not_delay_the_next() -> None:
     with opened(20) as (cache, source):
         source.gated = True

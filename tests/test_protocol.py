@@ -24,19 +24,10 @@ from transformers import (
     SwitchTransformersForConditionalGeneration,
 )
 
-from comoe.bench.protocol import (
-    ChunkItem,
-    DomainScore,
-    Evaluation,
-    Score,
-    chunk_items,
-    compare,
-    decode,
-    documents,
-    evaluate,
-    next_chunk_accuracy,
-    windows,
-)
+from comoe.bench.corpus import chunk_items, evaluate, next_chunk_accuracy
+from comoe.make.protocol import ChunkItem, Evaluation, decode
+from comoe.make.score import DomainScore, Score, compare
+from comoe.make.text import documents, windows
 from comoe.types import UsageError
 
 SHARED = Path(os.environ.get("COMOE_SHARED", Path(__file__).resolve().parents[2] / "shared"))
@@ -170,9 +161,7 @@ def test_a_bigram_models_nats_are_the_sum_over_neighbouring_pairs(tokenizer):
     assert decode(model, tokenizer, [window]).nats.sum() == pytest.approx(by_hand, rel=1e-5)
 
 
-def test_switch_windows_are_128_tokens_and_a_span_to_the_encoder_and_95_and_the_end_to_the_decoder(
-    tokenizer, switch
-):
+def test_switch_windows_are_128_tokens_and_a_span_to_the_encoder_and_95_and_the_end_to_the_decoder(tokenizer, switch):
     evaluation = Evaluation.for_model(switch, tokenizer)
     window = list(range(1000, 1224))
     assert evaluation.window_length == len(window)
@@ -274,9 +263,7 @@ def test_a_missing_or_too_short_text_is_a_usage_error(tokenizer, tmp_path):
 
 
 def score_of(**domains):
-    return Score(
-        {name: DomainScore(np.array(nats, float), np.full(len(nats), 255)) for name, nats in domains.items()}
-    )
+    return Score({name: DomainScore(np.array(nats, float), np.full(len(nats), 255)) for name, nats in domains.items()})
 
 
 def noisy(seed, *, factor=1.0, spread=0.0):

@@ -36,9 +36,7 @@ def group(*rows: int) -> tuple[BlobId, ...]:
     return tuple(blob(row) for row in rows)
 
 
-groups = st.lists(st.integers(0, NUM_BLOBS - 1), min_size=1, max_size=3, unique=True).map(
-    lambda rows: group(*rows)
-)
+groups = st.lists(st.integers(0, NUM_BLOBS - 1), min_size=1, max_size=3, unique=True).map(lambda rows: group(*rows))
 
 
 class TestLRU(PolicyContract):
@@ -225,6 +223,17 @@ def test_a_prefetch_never_evicts_what_is_pinned() -> None:
     core.prefetch(group(1))
     assert core.next_load() is None
     assert core.resident(ticket.group)
+
+
+def test_nothing_is_prefetched_while_a_demand_waits_for_room() -> None:
+    core = make(5)
+    in_hand = core.demand(group(2))
+    load_all(core)
+    core.demand(group(5))
+    core.prefetch(group(0))
+    assert core.next_load() is None
+    core.release(in_hand)
+    assert core.next_load() == blob(5)
 
 
 def test_a_failed_blob_fails_every_ticket_that_waits_for_it_and_can_be_asked_again() -> None:

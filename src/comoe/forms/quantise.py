@@ -100,7 +100,8 @@ def _inverse_cholesky(gram: Tensor) -> Tensor:
     mean = diagonal.mean().clamp(min=1e-12)
     damped = matrix + torch.diag(torch.where(diagonal > 0, DAMPING * mean, mean))
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    return torch.linalg.cholesky(inverse, upper=True).float()
+    factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
+    return factor.float()
 
 
 def _pack(levels: Tensor) -> Tensor:

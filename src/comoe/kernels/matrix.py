@@ -62,7 +62,7 @@ class Matrix:
         levels = _nibbles(self.weight)
         scales = self.scales.astype(np.float32)
         if self.low is not None and self.code is Code.Q8:
-            levels, scales = 8 * levels + _nibbles(self.low), scales / 8
+            levels, scales = 8 * levels + _nibbles(self.low), scales * np.float32(0.125)
         return (levels.reshape(-1, self.group) * scales.reshape(-1, 1)).astype(np.float32).reshape(shape)
 
 

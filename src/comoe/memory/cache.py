@@ -155,7 +155,13 @@ class BlobCache:
                 raise RuntimeError("the cache is closed")
             here = [self._residency.resident(group) for group in groups]
             order = sorted(range(len(groups)), key=lambda position: not here[position])
-            tickets = {position: self._residency.demand(groups[position]) for position in order}
+            tickets: dict[int, Ticket] = {}
+            try:
+                for position in order:
+                    tickets[position] = self._residency.demand(groups[position])
+            except DoesNotFit:
+                self._release(tickets.values())
+                raise
             self._apply_evictions()
             if not all(here):
                 self._changed.notify_all()
@@ -164,11 +170,12 @@ class BlobCache:
     def _next_ready(self, tickets: dict[int, Ticket]) -> tuple[int, Ticket]:
         """The first ticket that is whole or broken; waits for one."""
         with self._changed:
-            while True:
+            while not self._closed:
                 for position, ticket in tickets.items():
                     if ticket.phase in (Phase.READY, Phase.FAILED):
                         return position, ticket
                 self._changed.wait()
+            raise RuntimeError("the cache is closed")
 
     def _release(self, tickets: Iterable[Ticket]) -> None:
         with self._changed:
@@ -202,10 +209,17 @@ class BlobCache:
             while not self._closed:
                 blob = self._residency.next_load()
                 self._apply_evictions()
-                if blob is not None:
+                if blob is None:
+                    self._changed.wait()
+                    continue
+                try:
                     buffer = self._buffers[blob] = self._arena.take(self._source.nbytes(blob))
+                except (MemoryError, OSError) as error:
+                    self._residency.failed(blob, error)
+                    self._apply_evictions()
+                    self._changed.notify_all()
+                else:
                     return blob, buffer
-                self._changed.wait()
             return None
 
     def _read(self, blob: BlobId, buffer: Buffer) -> Exception | None:

@@ -116,7 +116,7 @@ class Residency:
         if ticket.phase is Phase.QUEUED:
             self._queue.remove(ticket)
         elif ticket.phase is not Phase.FAILED:
-            self._unpin(ticket.group)
+            self._withdraw(ticket)
         self._make_room(0, ())
         self._admit()
 
@@ -126,6 +126,7 @@ class Residency:
             assert self.resident([blob])
             if blob not in self._held:
                 self._held.add(blob)
+                self._policy.removed(blob)
                 self._entries[blob].pins += 1
                 self._held_bytes += self._entries[blob].nbytes
 
@@ -169,8 +170,7 @@ class Residency:
         for ticket in self._active.values():
             if blob in ticket.missing:
                 ticket.phase, ticket.error = Phase.FAILED, error
-                self._unpin(ticket.group)
-                ticket.missing.clear()
+                self._withdraw(ticket)
         entry = self._entries.pop(blob)
         self.used -= entry.nbytes
         self.tally.prefetch_failed += entry.prefetched
@@ -178,13 +178,18 @@ class Residency:
         self._admit()
 
     def resize(self, capacity: int) -> None:
-        """Change the capacity; what is pinned beyond it leaves when it is released. Raises DoesNotFit."""
+        """Change the capacity; what is pinned beyond it leaves when it is released. Raises DoesNotFit.
+
+        Tickets that still wait for bytes beyond it queue again, newest first: their reads do not begin.
+        """
         if capacity < self.smallest:
             raise DoesNotFit(
                 f"experts need at least {self.smallest} bytes of memory, {capacity} were given.", self.smallest
             )
         self.capacity = capacity
         self._hints.clear()
+        self._make_room(0, ())
+        self._retract()
         self._make_room(0, ())
         self._admit()
 
@@ -233,12 +238,31 @@ class Residency:
         if entry.prefetched:
             entry.prefetched = False
             self.tally.prefetch_used += 1
-        if not entry.loading:
+        if not entry.loading and blob not in self._held:
             self._policy.touched(blob)
 
     def _unpin(self, group: Group) -> None:
         for blob in group:
             self._entries[blob].pins -= 1
+
+    def _withdraw(self, ticket: Ticket) -> None:
+        """Unpin an admitted ticket's blobs; reads that nobody wants any more and that have not begun are dropped."""
+        self._unpin(ticket.group)
+        for blob in ticket.missing:
+            if not self._entries[blob].pins and blob in self._starting:
+                self._starting.remove(blob)
+                self.used -= self._entries.pop(blob).nbytes
+        ticket.missing.clear()
+
+    def _retract(self) -> None:
+        for ticket in reversed(self._active.values()):
+            if self.used <= self.capacity:
+                return
+            if ticket.phase is Phase.LOADING:
+                self._withdraw(ticket)
+                ticket.phase = Phase.QUEUED
+                self._queue.appendleft(ticket)
+                self._make_room(0, ())
 
     def _make_room(self, nbytes: int, keep: Sequence[BlobId]) -> bool:
         """Evict until `nbytes` more fit; False, and nothing evicted for it, where that cannot be."""

@@ -19,6 +19,11 @@ class Costs:
     memory_bps: float
     framework_ms: Band
 
+    @staticmethod
+    def unknown() -> "Costs":
+        """For questions of bytes alone."""
+        return Costs(1.0, 0.0, 1.0, Band(0.0, 0.0))
+
     def expert_ms(self, nbytes: float) -> float:
         """Computing with `nbytes` of resident expert weights: memory-bound in decode."""
         return 1e3 * nbytes / self.memory_bps

@@ -1,5 +1,6 @@
 """The ladder as the planner sees it: what every rung costs in bytes and in quality, and how experts are used."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,16 +22,24 @@ class Band(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Rung:
-    """A form for all experts: bytes when all are resident, and its certified loss with its 95 % interval.
+    """A form for all experts: memory of its parts when all are resident, and its certified loss with its interval.
 
     `errors[layer]` is the relative error of a layer's outputs; `loss` is None where the pack has no certificate.
     """
 
     form: str
-    nbytes: int
+    parts: Mapping[str, int]
     loss: float | None
     loss_ci95: Band
     errors: tuple[float, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(self.parts.values())
+
+    def beside(self, floor: "Rung | None") -> int:
+        """Bytes of the parts that `floor` does not hold already."""
+        return sum(nbytes for part, nbytes in self.parts.items() if floor is None or part not in floor.parts)
 
     def loss_rate(self, layer: int) -> float:
         """Loss if only uses in `layer` took this form, times the number of layers: their mean is `loss`."""
@@ -76,15 +85,16 @@ def ladder_of(manifest: Manifest) -> Ladder:
         loss = 0.0 if exact else step.loss if step else None
         interval = Band(*step.loss_ci95) if step and not exact else Band(0.0, 0.0)
         errors = tuple(layer.errors.get(form, 0.0) for layer in manifest.layers)
-        rungs.append(Rung(form, held_bytes(manifest, form), loss, interval, errors))
+        parts = {part: held_bytes(manifest, part) for part in FORM_PARTS[form]}
+        rungs.append(Rung(form, parts, loss, interval, errors))
     use = tuple(_use(layer.frequency, layer.num_experts, manifest.experts_per_token) for layer in manifest.layers)
     return Ladder(tuple(rungs), use, manifest.gate_quantiles, manifest.expert_bytes_bf16)
 
 
-def held_bytes(manifest: Manifest, form: str) -> int:
-    """Memory that all blobs of `form` take: every blob in pages of its own."""
-    parts = [layer.parts[part] for layer in manifest.layers for part in FORM_PARTS[form]]
-    return sum(part.rows * align(part.nbytes, PAGE) for part in parts)
+def held_bytes(manifest: Manifest, part: str) -> int:
+    """Memory that all blobs of `part` take: every blob in pages of its own."""
+    entries = [layer.parts[part] for layer in manifest.layers]
+    return sum(entry.rows * align(entry.nbytes, PAGE) for entry in entries)
 
 
 def _use(frequency: tuple[float, ...], num_experts: int, experts_per_token: int) -> Array:

@@ -66,7 +66,7 @@ class Planner:
 
     def smallest(self, max_loss: float) -> int:
         """The least expert memory at which `best` finds a plan."""
-        return min(_floor_bytes(floor) + self._reserve(target) for floor, target in self._pairs(max_loss))
+        return min(_floor_bytes(floor) + self._reserve(floor, target) for floor, target in self._pairs(max_loss))
 
     def _pairs(self, max_loss: float) -> Iterator[tuple[Rung | None, Rung]]:
         """Pairs of a floor and a target whose target alone keeps the bound."""
@@ -77,23 +77,24 @@ class Planner:
             yield None, target
             yield from ((floor, target) for floor in certified[:i] if max_loss > 0)
 
-    def _reserve(self, target: Rung) -> int:
-        return min(target.nbytes, MIN_GROUPS * self._unit(target))
+    def _reserve(self, floor: Rung | None, target: Rung) -> int:
+        return min(target.beside(floor), MIN_GROUPS * self._unit(target.beside(floor)))
 
-    def _unit(self, rung: Rung) -> int:
-        return -(-rung.nbytes // self.ladder.num_experts)
+    def _unit(self, nbytes: int) -> int:
+        return -(-nbytes // self.ladder.num_experts)
 
     def _plan(self, name: str, floor: Rung | None, target: Rung, budget: int, max_loss: float) -> Plan | None:
-        room = min(budget - _floor_bytes(floor), target.nbytes)
-        if room < self._reserve(target):
+        whole = target.beside(floor)
+        room = min(budget - _floor_bytes(floor), whole)
+        if room < self._reserve(floor, target):
             return None
         use = np.concatenate(self.ladder.use)
-        unit = self._unit(target)
-        miss = 1.0 - hit_rate(use, len(use) if room >= target.nbytes else room / unit)
+        unit = self._unit(whole)
+        miss = 1.0 - hit_rate(use, len(use) if room >= whole else room / unit)
         coarse = self._coarse_share(floor, target, miss, max_loss)
         waits = float(use.sum()) * (miss - coarse)
         reads = float(use.sum()) * miss
-        touched = float(use.sum()) * unit
+        touched = float(use.sum()) * self._unit(target.nbytes)
         ms = self.costs.expert_ms(touched) + self.costs.read_ms(waits * unit, waits)
         shares = {target.form: 1.0 - coarse}
         if floor is not None:
@@ -143,6 +144,13 @@ def frontier(planner: Planner, budget: int, max_loss: float) -> list[Plan]:
         except DoesNotFit:
             continue
     return plans
+
+
+def uniform(ladder: Ladder, form: str) -> Plan:
+    """The plan that keeps `form` of every expert resident: the reference of comparisons."""
+    rung = ladder.rung(form)
+    unknown = Band(0.0, float("inf"))
+    return Plan(form, None, form, 0, rung.nbytes, 0.0, unknown, rung.loss_ci95, 0.0, rung.nbytes, {form: 1.0})
 
 
 def _floor_bytes(floor: Rung | None) -> int:

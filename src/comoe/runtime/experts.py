@@ -37,7 +37,7 @@ class SiteMath:
     """
 
     def __init__(self, module: nn.Module, site: Site, dtype: torch.dtype) -> None:
-        self._module, self._site, self._dtype = module, site, dtype
+        self._module, self.site, self._dtype = module, site, dtype
         self._layouts = {part: layout(site, part) for parts in FORM_PARTS.values() for part in parts}
 
     def run(self, form: str, blobs: Sequence[Bytes], x: Tensor) -> Tensor:
@@ -52,15 +52,15 @@ class SiteMath:
         Views of `blobs` where nothing has to be converted.
         """
         planes = self._planes(form, blobs)
-        return {leaf.name: self._leaf(leaf, form, planes) for leaf in self._site.leaves}
+        return {leaf.name: self._leaf(leaf, form, planes) for leaf in self.site.leaves}
 
     @cached_property
     def _kernel(self) -> tuple[str, bool, Leaf, Leaf] | None:
         """Activation, gated, up and down for the fused kernel; None where it does not apply."""
         plain = plain_activation(self._module)
-        if plain is None or not native.available() or len(self._site.leaves) != 2:
+        if plain is None or not native.available() or len(self.site.leaves) != 2:
             return None
-        return (*plain, *self._site.leaves)
+        return (*plain, *self.site.leaves)
 
     def _run_kernel(self, form: str, blobs: Sequence[Bytes], x: Tensor) -> Tensor:
         assert self._kernel is not None
@@ -80,7 +80,7 @@ class SiteMath:
     def _matrix(self, leaf: Leaf, form: str, planes: dict[tuple[str, str], Bytes]) -> Matrix:
         exact = planes.get((leaf.name, "exact"))
         if exact is not None:
-            return Matrix(CODES[self._site.dtype], leaf.rows, leaf.cols, exact)
+            return Matrix(CODES[self.site.dtype], leaf.rows, leaf.cols, exact)
         return Matrix(
             Code.Q8 if BITS[form] == 8 else Code.Q4,
             leaf.rows,
@@ -94,7 +94,7 @@ class SiteMath:
     def _leaf(self, leaf: Leaf, form: str, planes: dict[tuple[str, str], Bytes]) -> Tensor:
         exact = planes.get((leaf.name, "exact"))
         if exact is not None:
-            return _tensor(exact, self._site.dtype, leaf.shape).to(self._dtype)
+            return _tensor(exact, self.site.dtype, leaf.shape).to(self._dtype)
         group = group_size(leaf.cols)
         assert group is not None
         halves = (leaf.rows, leaf.cols // 2)

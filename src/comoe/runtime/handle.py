@@ -18,14 +18,13 @@ SLACK_BYTES = 8 << 20
 class Comoe:
     """The handle of a served model. A context manager: leaving it stops the I/O thread.
 
-    `memory` is the budget of the whole process in bytes, `overhead` what of it is not experts; both None where
-    only experts were given a budget.
+    `memory` is the budget of the whole process in bytes, None where only experts were given one.
     """
 
-    def __init__(self, pack: Pack, serving: Serving, memory: int | None = None, overhead: int = 0) -> None:
-        self._pack, self._serving = pack, serving
-        self._memory, self._overhead = memory, overhead
+    def __init__(self, pack: Pack, serving: Serving, memory: int | None = None) -> None:
+        self._pack, self._serving, self._memory = pack, serving, memory
         if memory is not None:
+            self._overhead = memory - serving.cache.capacity
             serving.before_read = self._guard
 
     @property

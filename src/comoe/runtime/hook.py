@@ -116,7 +116,9 @@ def _longcat_forward(self: Any, x: Tensor, index: Tensor, weight: Tensor) -> Ten
 
 
 def _dbrx_forward(self: Any, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
-    return _interface_forward(self, x.reshape(-1, self.hidden_size), index, weight).view(x.shape)
+    flat = x.reshape(-1, int(self.hidden_size))
+    out = _interface_forward(self, flat, index, weight)
+    return out.view(x.shape)
 
 
 def _jetmoe_forward(self: Any, x: Tensor) -> Tensor:

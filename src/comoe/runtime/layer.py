@@ -73,7 +73,7 @@ class ServedLayer:
         An index of `num_experts` or more means no expert.
         """
         start_s = perf_counter()
-        chunks = zip(x.split(CHUNK_TOKENS), index.split(CHUNK_TOKENS), weight.split(CHUNK_TOKENS), strict=True)
+        chunks = zip(*(torch.split(t, CHUNK_TOKENS) for t in (x, index, weight)), strict=True)
         outputs = [self._chunk(*chunk) for chunk in chunks]
         self.serving.counts.expert_s += perf_counter() - start_s
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
@@ -99,7 +99,7 @@ class ServedLayer:
     def _uses(self, index: Tensor, weight: Tensor) -> Iterator[Use]:
         """The experts that a chunk uses, ascending; rows in the order in which eager transformers takes them."""
         by_position = index.t()
-        for expert in index.unique().tolist():
+        for expert in torch.unique(index).tolist():
             if expert < self._num_experts:
                 positions, tokens = torch.where(by_position == expert)
                 yield Use(expert, tokens, positions, float(weight[tokens, positions].sum()))

@@ -63,6 +63,7 @@ def load_skeleton(folder: Path, dtype: torch.dtype, **kwargs: Any) -> Any:
 def strip(model: Any) -> None:
     """Delete the experts' weights from a model on the meta device and keep transformers from asking for them."""
     ignored = set(model._keys_to_ignore_on_load_unexpected or ())  # private
+    module: Any
     for name, module in list(experts_modules(model)):
         parent = model.get_submodule(name.rpartition(".")[0])
         if type(module).__name__ == "SwitchTransformersExperts":
@@ -72,6 +73,7 @@ def strip(model: Any) -> None:
             for leaf in experts_of(module).leaves:
                 _delete(module, leaf.name)
         module._is_hf_initialized = parent._is_hf_initialized = True  # private; keeps their weights from being made
+        descendant: Any
         for descendant in module.modules():
             descendant._is_hf_initialized = True
         ignored.add(rf"^{re.escape(name)}\.")

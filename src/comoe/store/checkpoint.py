@@ -21,7 +21,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, apply_renamings, rename_source_key
 
 from comoe.store.families import sites
-from comoe.store.tensorfiles import StoredTensor, stored_tensors
+from comoe.store.tensorfiles import stored_tensors
 from comoe.types import (
     CheckpointError,
     Extent,
@@ -84,6 +84,11 @@ class Checkpoint:
                 if isinstance(value, int) and value > 0:
                     return value
         return 1
+
+    @property
+    def files(self) -> list[str]:
+        """Names of the weight files, sorted."""
+        return sorted({tensor.extent.file for tensor in self.tensors.values()})
 
     def dense_tensor(self, name: str) -> Tensor:
         """A tensor outside the experts, dequantised. Raises NotFinite."""
@@ -172,7 +177,8 @@ class Checkpoint:
 
     def _pieces(self, layer: int, leaf: str, index: int) -> list[Piece]:
         """The pieces of one expert's leaf, in the converter's order. Raises MissingShard."""
-        pieces = [p for p in self._leaf_index[layer, leaf].get(index, [])] + self._leaf_index[layer, leaf].get(None, [])
+        found = self._leaf_index[layer, leaf]
+        pieces = found.get(index, []) + found.get(None, [])
         if pieces and pieces[0].pattern is not None:
             order = self._converter(pieces[0].pattern).source_patterns
             pieces.sort(key=lambda piece: order.index(piece.pattern))
@@ -369,7 +375,8 @@ def _expert_module(leaf: str) -> tuple[int | None, str]:
 
 def _only(converted: dict[str, Any]) -> Tensor:
     (tensor,) = converted.values()
-    return tensor[0] if isinstance(tensor, list) else tensor
+    only: Tensor = tensor[0] if isinstance(tensor, list) else tensor
+    return only
 
 
 def _check_finite(tensor: Tensor, where: str) -> None:

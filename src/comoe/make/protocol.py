@@ -4,33 +4,29 @@ Every published quality number comes through here, for decoder-only and for enco
 model is loaded, under which budget, and where the numbers are written, is the callers' matter.
 """
 
-import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
-from comoe.types import UsageError
+from comoe.make.score import DomainScore, Floats
+from comoe.make.text import special_id, token_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel as Model
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
-DOCUMENT_TOKEN = "<|doc|>"
 SPAN_TOKEN = "<extra_id_0>"
 PREFIX_TOKENS = 160
 NO_TARGET = -100
-Floats = NDArray[np.float64]
 
 
 class ChunkItem(NamedTuple):
@@ -40,45 +36,6 @@ class ChunkItem(NamedTuple):
     prefix: str
     choices: tuple[str, ...]
     answer: int
-
-
-@dataclass(frozen=True, slots=True)
-class DomainScore:
-    """`nats` and `tokens`, each (windows,): the sum over a window's predicted tokens, and their number."""
-
-    nats: Floats
-    tokens: NDArray[np.int64]
-
-    @property
-    def nats_per_token(self) -> float:
-        return float(self.nats.sum() / self.tokens.sum())
-
-
-@dataclass(frozen=True, slots=True)
-class Score:
-    """One model's nats, window by window, per domain."""
-
-    domains: Mapping[str, DomainScore]
-
-    @property
-    def nats_per_token(self) -> dict[str, float]:
-        return {name: domain.nats_per_token for name, domain in self.domains.items()}
-
-    @property
-    def mean(self) -> float:
-        """Nats per token, domains weighing the same."""
-        return float(np.mean(list(self.nats_per_token.values())))
-
-
-@dataclass(frozen=True, slots=True)
-class Loss:
-    """Relative increase of nats over the exact model's (0.02 = 2 %): mean over domains, and the worst."""
-
-    mean: float
-    ci95: tuple[float, float]
-    worst_domain: str
-    worst: float
-    per_domain: Mapping[str, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,10 +93,10 @@ class Evaluation(ABC):
     def next_chunk(self, items: Sequence[ChunkItem]) -> list[bool]:
         """Per item: has the answer the highest mean log-likelihood per token of all choices?"""
         right = [False] * len(items)
-        prompts = [self.prompt(_ids(self.tokenizer, item.prefix)) for item in items]
+        prompts = [self.prompt(token_ids(self.tokenizer, item.prefix)) for item in items]
         keys = [(len(prompt), len(item.choices)) for prompt, item in zip(prompts, items, strict=True)]
         for rows in _batches(keys, self.batch):
-            choices = [_ids(self.tokenizer, choice) for row in rows for choice in items[row].choices]
+            choices = [token_ids(self.tokenizer, choice) for row in rows for choice in items[row].choices]
             targets = pad_sequence([self._tensor(choice) for choice in choices], True, NO_TARGET)
             nats = self._score([prompts[row] for row in rows], targets).double().sum(1)
             best = (nats / (targets != NO_TARGET).sum(1)).view(len(rows), -1).argmin(1)
@@ -217,73 +174,7 @@ class EncoderDecoderEvaluation(Evaluation):
         return start, {"encoder_outputs": encoded}
 
     def _marked(self, source: Sequence[int]) -> list[int]:
-        return [*source, _special(self.tokenizer, SPAN_TOKEN), self.model.config.eos_token_id]
-
-
-def documents(text: str) -> list[str]:
-    """The documents of a corpus file, outer newlines stripped, empty ones left out."""
-    return [document for part in text.split(DOCUMENT_TOKEN) if (document := part.strip("\n"))]
-
-
-def windows(tokenizer: "Tokenizer", text: str, length: int, limit: int = 48) -> list[list[int]]:
-    """The first `limit` consecutive full windows of `length` tokens; a mark follows each document."""
-    mark, ids = _special(tokenizer, DOCUMENT_TOKEN), list[int]()
-    for document in documents(text):
-        ids += [*_ids(tokenizer, document), mark]
-        if len(ids) >= limit * length:
-            break
-    return [ids[start : start + length] for start in range(0, len(ids) - length + 1, length)][:limit]
-
-
-def evaluate(
-    model: "Model",
-    tokenizer: "Tokenizer",
-    shared: Path,
-    domains: Sequence[str] | None = None,
-    windows_per_domain: int = 48,
-) -> Score:
-    """Nats of the model on `shared`/data/corpus/*.valid.txt: of `domains`, or of all that are there.
-
-    UsageError where a domain's text is missing or shorter than one window.
-    """
-    evaluation = Evaluation.for_model(model, tokenizer)
-    texts = _valid_texts(shared / "data" / "corpus", domains)
-    length = evaluation.window_length
-    cut = {name: windows(tokenizer, text, length, windows_per_domain) for name, text in texts.items()}
-    if short := [name for name, found in cut.items() if not found]:
-        raise UsageError(f"The texts of {short} are shorter than one window of {length} tokens.")
-    return Score({name: evaluation.nats(found) for name, found in cut.items()})
-
-
-def compare(score: Score, exact: Score, *, num_resamples: int = 10_000, seed: int = 0) -> Loss:
-    """The loss of `score` against `exact`, paired window by window.
-
-    A domain's loss is the mean over its windows of (nats - exact nats) / exact nats. The interval of the mean
-    over domains is the percentile bootstrap (Efron 1979) over windows, resampled in each domain.
-    ValueError where the two did not score the same windows.
-    """
-    increases = {name: _increase(score.domains.get(name), domain) for name, domain in exact.domains.items()}
-    if not increases or score.domains.keys() != exact.domains.keys():
-        raise ValueError("Only scores of the same domains can be compared, and of at least one.")
-    rng = np.random.default_rng(seed)
-    resampled = [x[rng.integers(len(x), size=(num_resamples, len(x)))].mean(1) for x in increases.values()]
-    low, high = np.quantile(np.mean(resampled, axis=0), [0.025, 0.975])
-    per_domain = {name: float(x.mean()) for name, x in increases.items()}
-    worst = max(per_domain, key=per_domain.__getitem__)
-    mean = float(np.mean(list(per_domain.values())))
-    return Loss(mean, (float(low), float(high)), worst, per_domain[worst], per_domain)
-
-
-def chunk_items(shared: Path) -> list[ChunkItem]:
-    """All items of `shared`/data/tasks/next_chunk.jsonl."""
-    path = shared / "data" / "tasks" / "next_chunk.jsonl"
-    rows = [json.loads(line) for line in path.read_text("utf-8").split("\n") if line]
-    return [ChunkItem(row["domain"], row["prefix"], tuple(row["choices"]), row["answer"]) for row in rows]
-
-
-def next_chunk_accuracy(model: "Model", tokenizer: "Tokenizer", items: Sequence[ChunkItem]) -> float:
-    """The share of items answered rightly."""
-    return float(np.mean(Evaluation.for_model(model, tokenizer).next_chunk(items)))
+        return [*source, special_id(self.tokenizer, SPAN_TOKEN), self.model.config.eos_token_id]
 
 
 def decode(
@@ -302,34 +193,6 @@ def decode(
     steps = (step for window in text_windows for step in evaluation.steps(window, clock))
     rows = np.array(list(islice(steps, num_tokens)), np.float64).reshape(-1, 2)
     return Decoded(rows[:, 0], rows[:, 1])
-
-
-def _increase(domain: DomainScore | None, exact: DomainScore) -> Floats:
-    """Relative increase (windows,) of a domain's nats."""
-    if domain is None or not np.array_equal(domain.tokens, exact.tokens) or not len(exact.nats):
-        raise ValueError("Only scores of the same windows can be compared.")
-    return domain.nats / exact.nats - 1.0
-
-
-def _valid_texts(corpus: Path, domains: Sequence[str] | None) -> dict[str, str]:
-    """Each domain's validation text."""
-    found = {path.name.removesuffix(".valid.txt"): path for path in sorted(corpus.glob("*.valid.txt"))}
-    names = list(found) if domains is None else list(domains)
-    if not names or (missing := set(names) - set(found)):
-        raise UsageError(f"{corpus} holds no validation text of {sorted(missing) if names else 'any domain'}.")
-    return {name: found[name].read_text("utf-8") for name in names}
-
-
-def _ids(tokenizer: "Tokenizer", text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False).input_ids)
-
-
-def _special(tokenizer: "Tokenizer", token: str) -> int:
-    """The token's id. UsageError for a tokeniser that does not know it."""
-    found = tokenizer.convert_tokens_to_ids(token)
-    if found is None or found == tokenizer.unk_token_id:
-        raise UsageError(f"The tokeniser has no token {token}: the evaluation protocol needs it.")
-    return int(found)
 
 
 def _batches(keys: Sequence[Hashable], size: int) -> Iterator[list[int]]:

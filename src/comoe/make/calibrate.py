@@ -1,0 +1,114 @@
+"""What experts see on calibration text: one forward pass whose experts are read one at a time, kept layer by layer.
+
+The pass runs before anything is packed, straight from the checkpoint; memory is one expert and the activations.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from comoe.make.protocol import Evaluation
+from comoe.make.text import windows
+from comoe.runtime.hook import attach, expert_forward
+from comoe.store.checkpoint import Checkpoint
+from comoe.types import UsageError
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """Calibration text of one domain."""
+
+    domain: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class LayerInputs:
+    """What one layer's experts saw: `x` (N, H) float32, `index` and `gate` (N, K). No expert: index >= num_experts."""
+
+    x: Tensor
+    index: Tensor
+    gate: Tensor
+
+    def of(self, expert: int) -> tuple[Tensor, Tensor]:
+        """(inputs (T, H), gates (T,)) of one expert."""
+        tokens, positions = torch.where(self.index == expert)
+        return self.x[tokens], self.gate[tokens, positions]
+
+    def frequency(self, num_experts: int) -> list[float]:
+        """Share of all uses by expert."""
+        used = self.index[self.index < num_experts]
+        return (torch.bincount(used, minlength=num_experts) / max(len(used), 1)).tolist()
+
+    def mass(self, num_experts: int) -> list[float]:
+        """Share of all gates by expert."""
+        kept = self.index < num_experts
+        total = torch.zeros(num_experts, dtype=torch.float64)
+        total.index_add_(0, self.index[kept], self.gate[kept].double())
+        return (total / total.sum().clamp(min=1e-12)).tolist()
+
+
+class Recorder:
+    """The `ExpertLayer` of calibration: computes from the checkpoint and appends what it saw to files of `folder`."""
+
+    def __init__(self, checkpoint: Checkpoint, layer: int, folder: Path) -> None:
+        self._checkpoint, self._layer, self._folder = checkpoint, layer, folder
+
+    def forward(self, module: nn.Module, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+        for name, tensor in (("x", x.float()), ("index", index), ("gate", weight.float())):
+            with (self._folder / f"{self._layer:03}.{name}").open("ab") as file:
+                file.write(tensor.contiguous().numpy().tobytes())
+        out = torch.zeros_like(x)
+        num_experts = self._checkpoint.sites[self._layer].num_experts
+        for expert in torch.unique(index).tolist():
+            if expert < num_experts:
+                tokens, positions = torch.where(index == expert)
+                tensors = {k: v.to(x.dtype) for k, v in self._checkpoint.expert(self._layer, expert).items()}
+                y = expert_forward(module, x[tokens], tensors) * weight[tokens, positions, None]
+                out.index_add_(0, tokens, y.to(out.dtype))
+        return out
+
+
+@torch.no_grad()
+def record(
+    model: Any, checkpoint: Checkpoint, batches: Sequence[list[list[int]]], evaluation: Evaluation, folder: Path
+) -> Iterator[int]:
+    """Run `batches` of windows through the skeleton `model`; what each layer saw goes to `folder`.
+
+    Yields the number of batches done after each.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in folder.iterdir():
+        file.unlink()
+    attach(model, [Recorder(checkpoint, layer, folder) for layer in range(len(checkpoint.sites))])
+    for done, batch in enumerate(batches, 1):
+        evaluation.nats(batch)
+        yield done
+
+
+def recorded(folder: Path, layer: int, experts_per_token: int) -> LayerInputs:
+    """What `record` kept of one layer."""
+    index = np.fromfile(folder / f"{layer:03}.index", np.int64)
+    gate = np.fromfile(folder / f"{layer:03}.gate", np.float32)
+    num_tokens = len(index) // experts_per_token
+    x = np.fromfile(folder / f"{layer:03}.x", np.float32)
+    return LayerInputs(
+        torch.from_numpy(x).view(num_tokens, -1),
+        torch.from_numpy(index).view(num_tokens, -1),
+        torch.from_numpy(gate).view(num_tokens, -1),
+    )
+
+
+def cut(tokenizer: Any, texts: Sequence[Text], length: int, num_tokens: int) -> dict[str, list[list[int]]]:
+    """Windows of every domain, about `num_tokens` tokens together. UsageError where a text holds not one window."""
+    per_domain = max(2, num_tokens // (length * len(texts)))
+    found = {text.domain: windows(tokenizer, text.text, length, per_domain) for text in texts}
+    short = [domain for domain, cut_windows in found.items() if len(cut_windows) < 2]
+    if short:
+        raise UsageError(f"calibration text {short[0]!r} is shorter than two windows of {length} tokens: give more.")
+    return found
