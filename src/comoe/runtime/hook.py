@@ -117,15 +117,16 @@ def _longcat_forward(self: Any, x: Tensor, index: Tensor, weight: Tensor) -> Ten
 
 def _dbrx_forward(self: Any, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
     flat = x.reshape(-1, int(self.hidden_size))
-    out = _interface_forward(self, flat, index, weight)
-    return out.view(x.shape)
+    out: Tensor = _interface_forward(self, flat, index, weight).view(x.shape)
+    return out
 
 
 def _jetmoe_forward(self: Any, x: Tensor) -> Tensor:
     flat = x.reshape(-1, x.shape[-1])
     logits, index = self.router(flat)[-1].topk(self.router.top_k, dim=1)
     weight = torch.softmax(logits, dim=1).type_as(flat)
-    return _interface_forward(self, flat, index, weight).view(x.shape) + self.bias
+    out: Tensor = _interface_forward(self, flat, index, weight).view(x.shape) + self.bias
+    return out
 
 
 OWN_FORWARDS: dict[str, Callable[..., Tensor]] = {

@@ -1,0 +1,310 @@
+"""`comoe pack`: a checkpoint becomes a pack, layer by layer, in a folder that takes its name only when it is whole.
+
+Work goes to `PACK.partial`: each finished step leaves a file there, so that a killed run goes on where it stopped.
+The same input gives the same bytes.
+"""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from errno import EDQUOT, ENOSPC
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+from blake3 import blake3
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from comoe.device import process
+from comoe.make.calibrate import LayerInputs, Text, cut, record, recorded
+from comoe.make.certify import certify
+from comoe.make.layers import Layer, build
+from comoe.make.protocol import Evaluation
+from comoe.runtime.skeleton import load_skeleton
+from comoe.store.checkpoint import Checkpoint
+from comoe.store.densefile import RawTensor, write_dense
+from comoe.store.families import experts_modules
+from comoe.store.layout import layout
+from comoe.store.manifest import (
+    DENSE,
+    FORM_PARTS,
+    FORMAT_VERSION,
+    MANIFEST,
+    ChainStep,
+    LayerEntry,
+    Manifest,
+    Provenance,
+    SourceEntry,
+    SourceFile,
+    decode,
+    encode,
+)
+from comoe.store.pack import header_hash
+from comoe.types import ComoeError, StorageFull, UsageError
+from comoe.units import format_size
+
+DEFAULT_FORMS = ("merged", "q4", "q8")
+HELD_OUT = 4
+"""One window in so many is kept from calibration, to certify on."""
+
+BATCH_WINDOWS = 16
+STORED = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.int64: "I64", torch.int32: "I32"}
+
+Progress = Callable[[str, float], None]
+"""Told what is being done and which fraction of all work is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What to make. Without `texts` nothing is calibrated: no merged form, plain rounding, no certificate."""
+
+    forms: tuple[str, ...] = DEFAULT_FORMS
+    texts: tuple[Text, ...] = ()
+    num_tokens: int = 16384
+    self_contained: bool = False
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What was made, and what it took."""
+
+    manifest: Manifest
+    seconds: float
+    peak_bytes: int
+
+
+def pack(source: str | Path, target: Path, recipe: Recipe, progress: Progress) -> Report:
+    """Make the pack `target` of the checkpoint `source`. Raises CheckpointError, UsageError or StorageFull.
+
+    A folder `target`.partial of an earlier, killed run with the same input is gone on with.
+    """
+    start_s = perf_counter()
+    if target.exists():
+        raise UsageError(f"{target} exists: choose another name or remove it first.")
+    checkpoint = Checkpoint.open(source)
+    with _disk_errors(target):
+        packer = Packer(checkpoint, target, recipe, progress)
+        manifest = packer.run()
+    return Report(manifest, perf_counter() - start_s, process.peak_bytes())
+
+
+class Packer:
+    """The steps of packing; each is skipped where its result is there already."""
+
+    def __init__(self, checkpoint: Checkpoint, target: Path, recipe: Recipe, progress: Progress) -> None:
+        unknown = sorted(set(recipe.forms) - set(FORM_PARTS))
+        if unknown:
+            raise UsageError(f"there is no form {unknown[0]!r}: choose from {', '.join(FORM_PARTS)}.")
+        self._checkpoint, self._target, self._recipe, self._progress = checkpoint, target, recipe, progress
+        self._folder = target.with_name(f"{target.name}.partial")
+        self._work = self._folder / "work"
+        forms = {"exact", *recipe.forms} - (set() if recipe.texts else {"merged"})
+        self._forms = tuple(form for form in FORM_PARTS if form in forms)
+
+    def run(self) -> Manifest:
+        self._begin()
+        dense_bytes = self._dense()
+        inputs = self._calibrate()
+        layers = self._layers(inputs)
+        manifest = self._manifest(dense_bytes, layers, inputs)
+        self._write(MANIFEST, encode(manifest))
+        if self._recipe.texts:
+            chain = self._certify()
+            manifest = msgspec.structs.replace(manifest, chain=chain)
+            self._write(MANIFEST, encode(manifest))
+        shutil.rmtree(self._work)
+        self._folder.replace(self._target)
+        return manifest
+
+    def estimate_bytes(self) -> int:
+        """Bytes that the pack will take on disk, but for small files."""
+        parts = {part for form in self._forms for part in FORM_PARTS[form]}
+        parts -= set() if self._recipe.self_contained else {"exact"}
+        rows = {part: 1 / 4 if part == "merged" else 1.0 for part in parts}
+        experts = sum(
+            site.num_experts * rows[part] * layout(site, part).stride
+            for site in self._checkpoint.sites
+            for part in parts
+        )
+        dense = sum(self._checkpoint.tensors[name].extent.length for name in self._checkpoint.dense_names)
+        return int(experts + dense)
+
+    def _begin(self) -> None:
+        """Make the partial folder, or clear one that another input left."""
+        print_ = self._fingerprint()
+        mark = self._work / "input"
+        if not (mark.exists() and mark.read_text() == print_):
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._check_space()
+            self._work.mkdir(parents=True)
+            mark.write_text(print_)
+        for path in self._folder.glob("*.unfinished"):
+            path.unlink()
+
+    def _check_space(self) -> None:
+        needed = self.estimate_bytes()
+        parent = next(folder for folder in (self._folder, *self._folder.absolute().parents) if folder.exists())
+        free = shutil.disk_usage(parent).free
+        if needed > free:
+            raise StorageFull(
+                f"the pack needs {format_size(needed)} in {parent}, {format_size(free)} are free: make room."
+            )
+
+    def _fingerprint(self) -> str:
+        """Everything that the pack's bytes depend on."""
+        checkpoint = self._checkpoint
+        files = [(name, header_hash(checkpoint.folder / name)) for name in checkpoint.files]
+        config = (checkpoint.folder / "config.json").read_text()
+        return blake3(repr((version("comoe"), files, config, self._recipe)).encode()).hexdigest()
+
+    def _dense(self) -> int:
+        """The dense part, the config and the tokenizer."""
+        checkpoint, done = self._checkpoint, self._work / "dense"
+        if not done.exists():
+            self._progress("dense part", 0.0)
+            names = checkpoint.dense_names
+            nbytes = write_dense(self._folder / DENSE, names, map(self._raw, names))
+            self._copy_small_files()
+            done.write_text(str(nbytes))
+        return int(done.read_text())
+
+    def _raw(self, name: str) -> RawTensor:
+        tensor = self._checkpoint.dense_tensor(name)
+        data = tensor.reshape(-1).view(torch.uint8).numpy().data
+        return RawTensor(name, STORED.get(tensor.dtype, "U8"), tuple(tensor.shape), data)
+
+    def _copy_small_files(self) -> None:
+        for path in sorted(self._checkpoint.folder.iterdir()):
+            if path.suffix in (".json", ".txt", ".model", ".jinja") and "index" not in path.name:
+                shutil.copyfile(path, self._folder / path.name)
+        config = msgspec.json.decode((self._checkpoint.folder / "config.json").read_bytes())
+        config.pop("quantization_config", None)
+        (self._folder / "config.json").write_bytes(msgspec.json.format(msgspec.json.encode(config)))
+
+    def _calibrate(self) -> bool:
+        """Run the calibration text once; False where there is none."""
+        if not self._recipe.texts:
+            return False
+        done = self._work / "calibrated"
+        if not done.exists():
+            evaluation = self._evaluation
+            windows = [w for domain in self._windows.values() for at, w in enumerate(domain) if at % HELD_OUT]
+            batches = [windows[at : at + BATCH_WINDOWS] for at in range(0, len(windows), BATCH_WINDOWS)]
+            for count in record(evaluation.model, self._checkpoint, batches, evaluation, self._work / "inputs"):
+                self._progress("calibration", 0.2 * count / len(batches))
+            done.touch()
+        return True
+
+    @cached_property
+    def _model(self) -> Any:
+        return load_skeleton(self._folder, torch.float32)
+
+    @cached_property
+    def _evaluation(self) -> Evaluation:
+        return Evaluation.for_model(self._model, AutoTokenizer.from_pretrained(self._folder))
+
+    @cached_property
+    def _windows(self) -> dict[str, list[list[int]]]:
+        evaluation = self._evaluation
+        return cut(evaluation.tokenizer, self._recipe.texts, evaluation.window_length, self._recipe.num_tokens)
+
+    def _inputs(self, layer: int) -> LayerInputs:
+        return recorded(self._work / "inputs", layer, self._checkpoint.experts_per_token)
+
+    def _layers(self, calibrated: bool) -> tuple[LayerEntry, ...]:
+        entries = []
+        sites = self._checkpoint.sites
+        for index, (_, module) in enumerate(experts_modules(self._model)):
+            self._progress(f"layer {index + 1} of {len(sites)}", 0.2 + 0.6 * index / len(sites))
+            done = self._work / f"{index:03}.json"
+            if not done.exists():
+                inputs = self._inputs(index) if calibrated else None
+                layer = Layer(self._checkpoint, index, module, inputs, self._folder)
+                entry = build(layer, self._forms, self_contained=self._recipe.self_contained)
+                self._write(f"work/{done.name}", encode(entry))
+            entries.append(decode(done.read_bytes(), LayerEntry, done))
+        return tuple(entries)
+
+    def _manifest(self, dense_bytes: int, layers: tuple[LayerEntry, ...], calibrated: bool) -> Manifest:
+        checkpoint, recipe = self._checkpoint, self._recipe
+        texts = "".join(text.text for text in recipe.texts)
+        referring = any(part.file is None for layer in layers for part in layer.parts.values())
+        return Manifest(
+            format_version=FORMAT_VERSION,
+            model_type=checkpoint.model_type,
+            dtype=checkpoint.dtype,
+            experts_per_token=checkpoint.experts_per_token,
+            forms=self._forms,
+            layers=layers,
+            chain=(),
+            provenance=Provenance(
+                comoe=version("comoe"),
+                transformers=version("transformers"),
+                calibration=blake3(texts.encode()).hexdigest() if texts else "none",
+                calibration_tokens=recipe.num_tokens if texts else 0,
+                seed=recipe.seed,
+            ),
+            dense_bytes=dense_bytes,
+            gate_quantiles=self._gate_quantiles() if calibrated else (),
+            source=_source_entry(checkpoint) if referring else None,
+        )
+
+    def _gate_quantiles(self) -> tuple[float, ...]:
+        gates: list[Tensor] = [self._inputs(layer).gate.flatten() for layer in range(len(self._checkpoint.sites))]
+        return tuple(np.quantile(torch.cat(gates).numpy(), np.linspace(0, 1, 11)).tolist())
+
+    def _certify(self) -> tuple[ChainStep, ...]:
+        held_out = {name: domain[::HELD_OUT] for name, domain in self._windows.items()}
+        for name in ("_model", "_evaluation"):
+            self.__dict__.pop(name, None)
+        forms = [form for form in self._forms if form != "exact"]
+        return certify(self._folder, forms, held_out, lambda done: self._progress("certificate", 0.8 + 0.2 * done))
+
+    def _write(self, name: str, data: bytes) -> None:
+        """Write a file of the partial folder so that it is whole or not there."""
+        path = self._folder / name
+        unfinished = path.with_suffix(".unfinished")
+        with unfinished.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+
+
+def _source_entry(checkpoint: Checkpoint) -> SourceEntry:
+    folder = checkpoint.folder.resolve()
+    files = [
+        SourceFile(name=name, size=(folder / name).stat().st_size, header=header_hash(folder / name))
+        for name in checkpoint.files
+    ]
+    return SourceEntry(folder=str(folder), files=tuple(files))
+
+
+@contextmanager
+def _disk_errors(target: Path) -> Iterator[None]:
+    """A full disk as StorageFull; what was made so far stays, to be gone on with."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, ComoeError) or error.errno not in (ENOSPC, EDQUOT):
+            raise
+        raise StorageFull(
+            f"the disk is full: {target} was not made. Make room and run the same command to go on."
+        ) from error
+
+
+def texts_of(paths: Sequence[Path]) -> tuple[Text, ...]:
+    """Each file's text as a domain of its own. Raises UsageError."""
+    try:
+        return tuple(Text(path.name.split(".")[0], path.read_text("utf-8")) for path in paths)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"calibration text cannot be read: {error}.") from error

@@ -1,0 +1,112 @@
+"""What every test may ask for: the shared models, a tiny checkpoint. And the rule that CI skips nothing by surprise.
+
+torch is imported inside fixtures only, so that the tests that need none start at once.
+"""
+
+import os
+import string
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+THREADS = "2"
+SHARED = Path(os.environ.get("COMOE_SHARED") or Path(__file__).resolve().parents[2] / "shared")
+NEEDS_SHARED = "needs the shared models and data (COMOE_SHARED)"
+EXPECTED_SKIPS = ("needs a writable memory cgroup", "needs the shared models")
+"""How the reasons begin for which a test may be skipped under CI=true."""
+
+SPECIAL_TOKENS = ("<pad>", "</s>", "<unk>", "<|doc|>", "<extra_id_0>")
+VOCABULARY_SIZE = 128
+
+os.environ.setdefault("OMP_NUM_THREADS", THREADS)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Folder of the shared models and data."""
+    if not SHARED.is_dir():
+        pytest.skip(NEEDS_SHARED)
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Qwen3-MoE of 2 layers with 8 experts, top-2, in bf16 as hubs lay it out; its tokenizer beside it.
+
+    Shared by all tests: read it, never write into it.
+    """
+    import torch
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    folder = tmp_path_factory.mktemp("tiny") / "qwen3moe"
+    config = Qwen3MoeConfig(
+        vocab_size=VOCABULARY_SIZE,
+        hidden_size=64,
+        intermediate_size=64,
+        moe_intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_experts=8,
+        num_experts_per_tok=2,
+        max_position_embeddings=512,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=None,
+    )
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        Qwen3MoeForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    _save_tokenizer(folder)
+    return folder
+
+
+def _save_tokenizer(folder: Path) -> None:
+    """One token per printable character, 128 in all; decoding is the inverse of encoding."""
+    from tokenizers import Regex, Tokenizer, decoders
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Split
+    from transformers import PreTrainedTokenizerFast
+
+    words = [*SPECIAL_TOKENS, *string.printable]
+    words += [f"<unused_{i}>" for i in range(VOCABULARY_SIZE - len(words))]
+    characters = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    characters.pre_tokenizer = Split(Regex(r"[\s\S]"), "isolated")
+    characters.decoder = decoders.Fuse()
+    PreTrainedTokenizerFast(
+        tokenizer_object=characters,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        additional_special_tokens=["<|doc|>", "<extra_id_0>"],
+        clean_up_tokenization_spaces=False,
+    ).save_pretrained(folder)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Under CI=true, an unexpected skip fails the run: a test that silently stopped running proves nothing."""
+    passed = session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED)
+    if passed and any(_unexpected_skips(session.config)):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Name the skips that failed the run."""
+    for line in _unexpected_skips(config):
+        terminalreporter.write_line(f"UNEXPECTED SKIP {line}", red=True)
+
+
+def _unexpected_skips(config: pytest.Config) -> Iterator[str]:
+    """`file:line: reason` of every unexpected skip; none outside CI."""
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    if os.environ.get("CI") != "true" or reporter is None:
+        return
+    for report in reporter.stats.get("skipped", []):
+        file, line, message = report.longrepr
+        reason = message.removeprefix("Skipped: ")
+        if not reason.startswith(EXPECTED_SKIPS):
+            yield f"{file}:{line}: {reason}"

@@ -1,0 +1,350 @@
+"""The house's rules, read from the sources: floors, torch, cycles, sizes, names, errors, documents.
+
+Sources are parsed, not imported; only public names and the command line are looked at in interpreters of their own.
+"""
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from fnmatch import fnmatch
+from functools import cache
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SRC = ROOT / "src"
+PACKAGE = SRC / "comoe"
+
+FLOORS = {
+    **dict.fromkeys(("types", "kernels"), 0),
+    **dict.fromkeys(("store", "settings"), 1),
+    "forms": 2,
+    **dict.fromkeys(("memory", "plan"), 3),
+    **dict.fromkeys(("net", "device"), 4),
+    "runtime": 5,
+    **dict.fromkeys(("make", "serve", "sim"), 6),
+    **dict.fromkeys(("testbed", "bench"), 7),
+    "cli": 8,
+}
+"""A file imports from lower floors, or from its own folder. The package itself stands below all: see `imports`."""
+
+TORCH_FILES = (
+    "store/families.py",
+    "store/checkpoint.py",
+    "forms/quantise.py",
+    "forms/merge.py",
+    "runtime/*.py",
+    "make/*.py",
+    "bench/*.py",
+)
+TORCH_NAMES = ("torch", "transformers", "safetensors.torch")
+PUBLIC_NAMES = ("ComoeError", "DoesNotFit", "__version__", "load")
+TEST_TOPICS = ("house",)
+"""What test files may be about beside a module or a folder of them."""
+
+MAX_FUNCTION_LINES, MAX_FILE_LINES = 35, 400
+
+
+class Import(NamedTuple):
+    """One imported name of one statement: `comoe.store.pack`, `torch.nn`. `lazy`: inside a function or a class."""
+
+    name: str
+    line: int
+    lazy: bool
+
+
+@cache
+def modules() -> dict[str, Path]:
+    """Every module of comoe by its dotted name."""
+    paths = sorted(PACKAGE.rglob("*.py"))
+    dotted = (path.relative_to(SRC).with_suffix("").parts for path in paths)
+    return {".".join(parts).removesuffix(".__init__"): path for parts, path in zip(dotted, paths, strict=True)}
+
+
+@cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+
+
+def imports(path: Path) -> Iterator[Import]:
+    """Every import of a file, those for type checkers and in functions too."""
+    yield from _imports(tree(path), lazy=False)
+
+
+def _imports(parent: ast.AST, lazy: bool) -> Iterator[Import]:
+    for node in ast.iter_child_nodes(parent):
+        if isinstance(node, ast.Import):
+            yield from (Import(alias.name, node.lineno, lazy) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"line {node.lineno}: imports name the module in full"
+            yield from (Import(_target(node.module or "", alias.name), node.lineno, lazy) for alias in node.names)
+        inside = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or _is_type_checking(node)
+        yield from _imports(node, lazy or inside)
+
+
+def _is_type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
+
+
+def _target(module: str, name: str) -> str:
+    """What `from module import name` imports: a submodule where there is one; `comoe.load` is the runtime's."""
+    if (module, name) == ("comoe", "load"):
+        return "comoe.runtime.load"
+    submodule = f"{module}.{name}"
+    return submodule if submodule in modules() or module == "transformers" else module
+
+
+def own_imports(name: str) -> list[Import]:
+    """What module `name` imports of comoe. The package itself may name anything late, for it holds nothing."""
+    found = [item for item in imports(modules()[name]) if item.name.split(".")[0] == "comoe"]
+    return [item for item in found if not item.lazy] if name == "comoe" else found
+
+
+def story(name: str) -> str:
+    """The part of the house that a module belongs to: `store` of `comoe.store.pack`."""
+    return name.split(".")[1]
+
+
+def relative(name: str) -> str:
+    return modules()[name].relative_to(PACKAGE).as_posix()
+
+
+def is_torch_file(name: str) -> bool:
+    return any(fnmatch(relative(name), pattern) for pattern in TORCH_FILES)
+
+
+def is_torch(name: str) -> bool:
+    return any(name == torch or name.startswith(f"{torch}.") for torch in TORCH_NAMES)
+
+
+def functions() -> Iterator[tuple[str, int]]:
+    """(where, lines) of every function."""
+    for name, path in modules().items():
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno:
+                yield f"{name}.{node.name}", node.end_lineno - node.lineno + 1
+
+
+def test_every_module_stands_on_a_floor() -> None:
+    assert {story(name) for name in modules() if name != "comoe"} <= FLOORS.keys()
+
+
+def test_imports_point_down() -> None:
+    up = [
+        f"{relative(name)}:{item.line} imports {item.name}"
+        for name in modules()
+        if name != "comoe"
+        for item in own_imports(name)
+        if item.name != "comoe" and story(item.name) != story(name) and FLOORS[story(item.name)] >= FLOORS[story(name)]
+    ]
+    assert not up, "\n".join(up)
+
+
+def test_the_package_itself_imports_nothing_but_the_nouns() -> None:
+    assert {item.name for item in own_imports("comoe")} <= {"comoe.types"}
+
+
+def test_nobody_imports_the_package_whole() -> None:
+    """`import comoe` hides what is used, and so would pass every rule here."""
+    whole = [
+        f"{relative(name)}:{node.lineno}"
+        for name, path in modules().items()
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.Import) and any(alias.name == "comoe" for alias in node.names)
+    ]
+    assert not whole, whole
+
+
+def test_torch_is_imported_in_its_files_only() -> None:
+    strays = [
+        f"{relative(name)}:{item.line} imports {item.name}"
+        for name, path in modules().items()
+        if not is_torch_file(name)
+        for item in imports(path)
+        if is_torch(item.name)
+    ]
+    assert not strays, "\n".join(strays)
+
+
+def test_files_without_torch_do_not_bring_it_in_through_others() -> None:
+    """Only inside functions, as the command line does."""
+    strays = [
+        f"{relative(name)}:{item.line} imports {item.name}"
+        for name in modules()
+        if not is_torch_file(name)
+        for item in own_imports(name)
+        if not item.lazy and item.name in modules() and is_torch_file(item.name)
+    ]
+    assert not strays, "\n".join(strays)
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    graph = {name: {item.name for item in own_imports(name)} - {name} for name in modules()}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
+
+
+def test_nine_functions_in_ten_are_short() -> None:
+    lengths = dict(functions())
+    long = {where: lines for where, lines in lengths.items() if lines > MAX_FUNCTION_LINES}
+    assert len(long) <= 0.1 * len(lengths), long
+
+
+def test_files_stay_readable_in_one_sitting() -> None:
+    lengths = {relative(name): len(path.read_text(encoding="utf-8").splitlines()) for name, path in modules().items()}
+    assert {name: lines for name, lines in lengths.items() if lines > MAX_FILE_LINES} == {}
+
+
+def test_every_test_file_is_about_a_module_or_a_listed_topic() -> None:
+    subjects = {part for name in modules() for part in name.split(".")} | set(TEST_TOPICS)
+    files = {path.stem.removeprefix("test_") for path in (ROOT / "tests").glob("test_*.py")}
+    assert files <= subjects
+
+
+# The error tree
+
+
+def drawn_errors() -> dict[str, tuple[str, int]]:
+    """{error: (parent, exit code)} from the drawing in types.py; a code that is not drawn is the parent's."""
+    errors: dict[str, tuple[str, int]] = {}
+    path: list[str] = []
+    for line in (ast.get_docstring(tree(PACKAGE / "types.py")) or "").splitlines():
+        if match := re.match(r"([ │├└─]*)(\w+)(?: +exit (\d+))?(?:   .*)?$", line.replace("    ", "│   ", 1)):
+            branch, name, code = match.groups()
+            if not branch.startswith("│   "):
+                continue
+            path[len(branch) // 4 - 1 :] = [name]
+            parent = path[-2] if len(path) > 1 else ""
+            errors[name] = (parent, int(code) if code else errors[parent][1])
+    return errors
+
+
+def coded_errors() -> dict[str, tuple[str, int]]:
+    """The same from the classes; the first base is the parent, an exit code that is not set is its."""
+    errors: dict[str, tuple[str, int]] = {}
+    for node in tree(PACKAGE / "types.py").body:
+        if isinstance(node, ast.ClassDef) and (base := ast.unparse(node.bases[0]) if node.bases else "") in (
+            "Exception",
+            *errors,
+        ):
+            parent = "" if base == "Exception" else base
+            errors[node.name] = (parent, _exit_code(node) or errors[parent][1])
+    return errors
+
+
+def _exit_code(node: ast.ClassDef) -> int | None:
+    for statement in node.body:
+        match = re.fullmatch(r"exit_code.*= (\d+)", ast.unparse(statement))
+        if match:
+            return int(match[1])
+    return None
+
+
+def test_the_drawing_of_the_error_tree_is_the_tree() -> None:
+    assert "DoesNotFit" in drawn_errors()
+    assert drawn_errors() == coded_errors()
+
+
+def test_errors_are_defined_in_the_tree_only() -> None:
+    known = {*coded_errors(), "Exception", "ValueError", "RuntimeError", "OSError", "KeyError"}
+    strays = [
+        f"{relative(name)}: {node.name}"
+        for name, path in modules().items()
+        if name != "comoe.types"
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.ClassDef) and known & {ast.unparse(base) for base in node.bases}
+    ]
+    assert not strays, strays
+
+
+# What people see
+
+
+def run_python(code: str, *arguments: str, **environment: str) -> str:
+    """Stdout of a fresh interpreter that imports from here."""
+    env = {**os.environ, "PYTHONPATH": str(SRC), **environment}
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(command, env=env, check=True, capture_output=True, text=True, timeout=60).stdout
+
+
+def test_the_public_names_are_exact() -> None:
+    code = "import comoe, json; print(json.dumps([comoe.__all__, dir(comoe), [n for n in dir(comoe) if type(getattr(comoe, n)) is type(json)]]))"
+    declared, present, submodules = json.loads(run_python(code))
+    assert tuple(declared) == PUBLIC_NAMES
+    visible = {name for name in present if not name.startswith("_")} - set(submodules)
+    assert visible - {"load"} == {name for name in PUBLIC_NAMES if not name.startswith("_")} - {"load"}
+
+
+@pytest.mark.parametrize("module", ["comoe", "comoe.cli"])
+def test_importing_brings_in_nothing_heavy(module: str) -> None:
+    loaded = json.loads(run_python(f"import {module}, json, sys; print(json.dumps(list(sys.modules)))"))
+    assert module in loaded
+    assert not {"torch", "transformers", "scipy"} & set(loaded)
+
+
+def commands() -> list[str]:
+    """The commands that `comoe --help` lists."""
+    code = (
+        "import json\nfrom comoe.cli import app\nfrom typer.main import get_command\n"
+        "print(json.dumps([name for name, command in get_command(app).commands.items() if not command.hidden]))"
+    )
+    return [str(name) for name in json.loads(run_python(code))]
+
+
+def test_every_command_is_in_the_readme() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert commands()
+    assert [name for name in commands() if not re.search(rf"\bcomoe {name}\b", readme)] == []
+
+
+def test_the_command_reference_is_the_commands_own_help() -> None:
+    code = "import runpy, sys; runpy.run_path(sys.argv[1], run_name='__main__')"
+    generated = run_python(code, str(ROOT / "docs" / "build_cli.py"), PYTHONIOENCODING="utf-8")
+    assert (ROOT / "docs" / "cli.md").read_text(encoding="utf-8") == generated, "make docs writes it again"
+
+
+# CI
+
+SKIPPING = """
+import pytest
+
+def test_passes():
+    pass
+
+def test_skips():
+    pytest.skip({reason!r})
+"""
+
+
+def exit_code_of_skipping(folder: Path, reason: str, ci: str) -> tuple[int, str]:
+    (folder / "conftest.py").write_text((ROOT / "tests" / "conftest.py").read_text(encoding="utf-8"), encoding="utf-8")
+    (folder / "test_skips.py").write_text(SKIPPING.format(reason=reason), encoding="utf-8")
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--rootdir", str(folder), str(folder)]
+    done = subprocess.run(command, env={**os.environ, "CI": ci}, capture_output=True, text=True, timeout=60)
+    return done.returncode, done.stdout
+
+
+@pytest.mark.parametrize(
+    ("reason", "ci", "code"),
+    [
+        ("no reason at all", "true", 1),
+        ("no reason at all", "", 0),
+        ("needs the shared models and data (COMOE_SHARED)", "true", 0),
+    ],
+)
+def test_an_unexpected_skip_fails_ci(tmp_path: Path, reason: str, ci: str, code: int) -> None:
+    exit_code, output = exit_code_of_skipping(tmp_path, reason, ci)
+    assert "1 passed, 1 skipped" in output
+    assert exit_code == code
+    assert (f"UNEXPECTED SKIP {tmp_path / 'test_skips.py'}" in output or "UNEXPECTED SKIP test_skips.py" in output) == (
+        code == 1
+    )
