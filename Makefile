@@ -64,6 +64,7 @@ $(BIN)/pip:
 	if [ -z "$$seen" ]; then \
 		echo "comoe needs Python 3.11 or newer: none of '$(or $(PYTHON),$(CANDIDATES))' is." >&2; exit 1; \
 	elif [ -z "$$python" ]; then \
-		echo "$$seen cannot make virtual environments: install its venv package (Debian, Ubuntu: apt install python3-venv)." >&2; exit 1; \
+		echo "$$seen cannot make virtual environments: install its venv (Debian: apt install python3-venv)." >&2; \
+		exit 1; \
 	fi; \
 	$$python -m venv --clear .venv || { rm -rf .venv; echo "$$python could not make .venv." >&2; exit 1; }

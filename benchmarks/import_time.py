@@ -1,6 +1,6 @@
 """How long `import comoe` takes beside an empty interpreter: interleaved pairs, one JSON document on stdout.
 
-Raw results lie beside it, in import_time.json. Needs no model. `--statement 'import comoe.cli'` measures something else.
+Raw results lie beside it, in import_time.json. Needs no model; `--statement 'import comoe.cli'` measures that instead.
 """
 
 import argparse

@@ -41,10 +41,22 @@ class Rung:
         """Bytes of the parts that `floor` does not hold already."""
         return sum(nbytes for part, nbytes in self.parts.items() if floor is None or part not in floor.parts)
 
+    @property
+    def price(self) -> float:
+        """The loss to reckon with: the upper end of the certified interval. ValueError without a certificate."""
+        if self.loss is None:
+            raise ValueError(f"{self.form} has no certificate")
+        return max(0.0, self.loss_ci95.high)
+
     def loss_rate(self, layer: int) -> float:
-        """Loss if only uses in `layer` took this form, times the number of layers: their mean is `loss`."""
+        """Price if only uses in `layer` took this form, times the number of layers: their mean is `price`.
+
+        0 where the form has no certificate: only certification itself serves such a form.
+        """
+        if self.loss is None:
+            return 0.0
         mean = sum(self.errors) / len(self.errors) if self.errors else 0.0
-        return (self.loss or 0.0) * (self.errors[layer] / mean if mean else 1.0)
+        return self.price * (self.errors[layer] / mean if mean else 1.0)
 
 
 @dataclass(frozen=True, slots=True)

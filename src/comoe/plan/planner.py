@@ -69,13 +69,15 @@ class Planner:
         return min(_floor_bytes(floor) + self._reserve(floor, target) for floor, target in self._pairs(max_loss))
 
     def _pairs(self, max_loss: float) -> Iterator[tuple[Rung | None, Rung]]:
-        """Pairs of a floor and a target whose target alone keeps the bound."""
+        """Pairs of a floor and a target whose target alone keeps the bound. A bound of 0 means the exact form."""
+        exact = self.ladder.exact
+        yield None, exact
+        if max_loss <= 0:
+            return
         certified = self.ladder.certified
         for i, target in enumerate(certified):
-            if target.loss is None or target.loss > max_loss:
-                continue
-            yield None, target
-            yield from ((floor, target) for floor in certified[:i] if max_loss > 0)
+            if target.price <= max_loss:
+                yield from ((floor, target) for floor in (None, *certified[:i]) if (floor, target) != (None, exact))
 
     def _reserve(self, floor: Rung | None, target: Rung) -> int:
         return min(target.beside(floor), MIN_GROUPS * self._unit(target.beside(floor)))
@@ -116,10 +118,10 @@ class Planner:
 
     def _coarse_share(self, floor: Rung | None, target: Rung, miss: float, max_loss: float) -> float:
         """Share of uses that may take the floor: all misses, or what the bound leaves beside the target's loss."""
-        if floor is None or floor.loss is None or target.loss is None:
+        if floor is None:
             return 0.0
-        gap = floor.loss - target.loss
-        return miss if gap <= 0 else min(miss, (max_loss - target.loss) / gap)
+        gap = floor.price - target.price
+        return miss if gap <= 0 else min(miss, (max_loss - target.price) / gap)
 
     def _threshold(self, share: float) -> float:
         """The gate below which lies `share` of all uses' gates."""

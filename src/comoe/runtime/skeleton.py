@@ -72,6 +72,7 @@ def strip(model: Any) -> None:
         else:
             for leaf in experts_of(module).leaves:
                 _delete(module, leaf.name)
+                model.all_tied_weights_keys.pop(f"{name}.{leaf.name}", None)
         module._is_hf_initialized = parent._is_hf_initialized = True  # private; keeps their weights from being made
         descendant: Any
         for descendant in module.modules():

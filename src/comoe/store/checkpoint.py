@@ -8,7 +8,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,23 +16,15 @@ from typing import Any
 import torch
 import transformers
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, apply_renamings, rename_source_key
 
-from comoe.store.families import sites
-from comoe.store.tensorfiles import stored_tensors
-from comoe.types import (
-    CheckpointError,
-    Extent,
-    MissingShard,
-    NotFinite,
-    Site,
-    UnsupportedFamily,
-    UsageError,
-    WrongShape,
-)
+from comoe.store.families import dequantised, quantizer_of, sites
+from comoe.store.tensorfiles import find_folder, stored_tensors
+from comoe.types import CheckpointError, Extent, MissingShard, NotFinite, Site, UnsupportedFamily, WrongShape
 
+SCALE = "_scale_inv"
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
@@ -60,19 +52,22 @@ class Checkpoint:
         self.config = read_config(folder)
         self.model_type: str = self.config.model_type
         self.tensors = stored_tensors(folder)
-        self._quantizer = _quantizer(self.config)
+        self._quantizer = quantizer_of(self.config)
         self._model = skeleton_of(self.config)
+        self._found: set[str] = set()
         self._leaf_pieces: dict[tuple[int, str], list[Piece]] = defaultdict(list)
         self.sites: tuple[Site, ...] = sites(self._model, "bfloat16")
         self.dense_names = tuple(self._assign())
+        self._share_tied()
+        self._narrow()
         self.dtype = self._dtype()
-        self.sites = sites(self._model, self.dtype)
+        self.sites = tuple(replace(site, dtype=self.dtype) for site in self.sites)
         self._check_complete()
 
     @classmethod
     def open(cls, path: str | Path) -> "Checkpoint":
         """The checkpoint in the folder `path`, or the hub repository of that name in the hub library's cache."""
-        return cls(_resolve(path))
+        return cls(find_folder(path))
 
     @property
     def experts_per_token(self) -> int:
@@ -91,32 +86,27 @@ class Checkpoint:
         return sorted({tensor.extent.file for tensor in self.tensors.values()})
 
     def dense_tensor(self, name: str) -> Tensor:
-        """A tensor outside the experts, dequantised. Raises NotFinite."""
+        """A tensor outside the experts, dequantised. Raises MissingShard or NotFinite."""
         tensor = self._read(name)
-        if self._quantizer is not None and (companions := self._companions(name)):
-            pattern, converter = self._dequantiser(name)
-            converter.collected_tensors[pattern] = [tensor]
-            for other, pattern in companions:
-                converter.collected_tensors[pattern] = [self._read(other)]
-            converted = converter.convert(name, model=self._model, config=self._model.config)
-            tensor = _only(converted)
-        _check_finite(tensor, name)
+        if self._is_quantised(name):
+            tensor = self._dequantised(name, tensor)
+        _check_finite(tensor, f"{self.folder}: {name}")
         return tensor.contiguous()
 
     def expert(self, layer: int, index: int) -> dict[str, Tensor]:
         """The tensors of one expert by leaf, dequantised, in transformers' in-memory layout.
 
-        Raises MissingShard, WrongShape or NotFinite.
+        Raises MissingShard, WrongShape, NotFinite or UnsupportedFamily.
         """
         site = self.sites[layer]
         tensors = {}
         for leaf in site.leaves:
             tensor = self._leaf(layer, leaf.name, index).contiguous()
-            where = f"{site.name}, expert {index}, {leaf.name}"
+            where = f"{self.folder}: {site.name}, expert {index}, {leaf.name}"
             if tuple(tensor.shape) != leaf.shape:
-                raise WrongShape(
-                    f"{self.folder}: {where} has shape {tuple(tensor.shape)}, the config implies {leaf.shape}."
-                )
+                raise WrongShape(f"{where} has shape {tuple(tensor.shape)}, the config implies {leaf.shape}.")
+            if tensor.element_size() == 1:
+                raise UnsupportedFamily(f"{where} is quantised in a way that comoe does not know: please report it.")
             _check_finite(tensor, where)
             tensors[leaf.name] = tensor.to(getattr(torch, self.dtype))
         return tensors
@@ -139,20 +129,16 @@ class Checkpoint:
         """Sort stored tensors into leaves' pieces; yield those of the dense part."""
         renamings, converters = self._transforms
         state = self._model.state_dict()
-        layers = {site.name: layer for layer, site in enumerate(self.sites)}
-        known = set(state)
         for name in self.tensors:
             target, pattern = rename_source_key(name, renamings, converters, self._model.base_model_prefix, state)
             if target not in state and name in state:
                 target, pattern = name, None
-            for full in self._targets(target, pattern):
-                layer = next((layers[s] for s in _prefixes(full) if s in layers), None)
-                leaf = full[len(self.sites[layer].name) + 1 :] if layer is not None else ""
-                if layer is not None and self._is_leaf(layer, leaf):
-                    self._add_piece(layer, leaf, name, pattern)
-                elif full in known or self._is_companion(name):
-                    yield name
-                    break
+            targets = self._targets(target, pattern)
+            leaves = [leaf for full in targets if (leaf := self._leaf_of(full))]
+            self._add_pieces(leaves, name, pattern)
+            if not leaves and not self._is_companion(name) and (known := [full for full in targets if full in state]):
+                self._found.update(known)
+                yield name
 
     def _targets(self, target: str, pattern: str | None) -> list[str]:
         """All tensors of the model that a stored one goes into: a converter may split it."""
@@ -162,18 +148,60 @@ class Checkpoint:
         first = converter.target_patterns[0]
         return [target.replace(first, other, 1) for other in converter.target_patterns]
 
+    def _leaf_of(self, full: str) -> tuple[int, str] | None:
+        """(layer, leaf) of a tensor of the model, None where it is not an expert's. Switch's leaf begins `expert_E.`"""
+        layer = next((self._layers[prefix] for prefix in _prefixes(full) if prefix in self._layers), None)
+        if layer is None:
+            return None
+        leaf = full[len(self.sites[layer].name) + 1 :]
+        return (layer, leaf) if self._is_leaf(layer, leaf) else None
+
+    @cached_property
+    def _layers(self) -> dict[str, int]:
+        return {site.name: layer for layer, site in enumerate(self.sites)}
+
     def _is_leaf(self, layer: int, leaf: str) -> bool:
         names = {leaf.name for leaf in self.sites[layer].leaves}
         return leaf in names or _expert_module(leaf)[1] in names
 
-    def _add_piece(self, layer: int, leaf: str, name: str, pattern: str | None) -> None:
-        expert, rest = _expert_module(leaf)
-        if expert is None and pattern is not None and "*" in pattern:
-            renamed = apply_renamings(name, self._transforms[0])
-            match = re.search(pattern.replace(".*.", r"\.(\d+)\."), renamed)
-            assert match is not None, (pattern, renamed)
-            expert = int(match.group(1))
-        self._leaf_pieces[layer, rest].append(Piece(expert, pattern, name))
+    def _add_pieces(self, leaves: list[tuple[int, str]], name: str, pattern: str | None) -> None:
+        """Add a stored tensor to the leaves that it goes into.
+
+        Several sites may share one list of experts, a range each (ERNIE-VL: text experts, then vision experts).
+        """
+        expert = self._stored_expert(name, pattern)
+        ranges = list(dict.fromkeys(layer for layer, _ in leaves))
+        for layer, leaf in leaves:
+            own, rest = _expert_module(leaf)
+            if expert is None:
+                self._leaf_pieces[layer, rest].append(Piece(own, pattern, name))
+                continue
+            local = expert - sum(self.sites[before].num_experts for before in ranges[: ranges.index(layer)])
+            if len(ranges) == 1 or 0 <= local < self.sites[layer].num_experts:
+                self._leaf_pieces[layer, rest].append(Piece(local, pattern, name))
+
+    def _stored_expert(self, name: str, pattern: str | None) -> int | None:
+        """The number in a stored tensor's name, None where it holds all experts."""
+        if pattern is None or "*" not in pattern:
+            return None
+        match = re.search(pattern.replace(".*.", r"\.(\d+)\."), self._renamed(name))
+        assert match is not None, (pattern, name)
+        return int(match.group(1))
+
+    def _share_tied(self) -> None:
+        """Leaves that transformers ties to another site's are read from there (DiffusionGemma's encoder)."""
+        for target, source in self._model.all_tied_weights_keys.items():
+            tied, owner = self._leaf_of(target), self._leaf_of(source)
+            if tied and owner and tied not in self._leaf_pieces:
+                self._leaf_pieces[tied] = self._leaf_pieces[owner]
+
+    def _narrow(self) -> None:
+        """Leave one expert in the skeleton's stacks, as in all that is converted: some conversions compare shapes."""
+        for site in self.sites:
+            module = self._model.get_submodule(site.name)
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                if parameter.shape[:1] == (site.num_experts,):
+                    setattr(module, name, nn.Parameter(parameter[:1], requires_grad=False))
 
     def _pieces(self, layer: int, leaf: str, index: int) -> list[Piece]:
         """The pieces of one expert's leaf, in the converter's order. Raises MissingShard."""
@@ -181,18 +209,29 @@ class Checkpoint:
         pieces = found.get(index, []) + found.get(None, [])
         if pieces and pieces[0].pattern is not None:
             order = self._converter(pieces[0].pattern).source_patterns
-            pieces.sort(key=lambda piece: order.index(piece.pattern))
-            if len(pieces) == len([p for p in order if not self._optional(p)]) or len(pieces) == len(order):
-                return pieces
+            by_pattern = {piece.pattern: piece for piece in pieces}
+            if len(by_pattern) == len(pieces) and all(p in by_pattern or self._optional(p, by_pattern) for p in order):
+                return [by_pattern[pattern] for pattern in order if pattern in by_pattern]
         elif len(pieces) == 1:
             return pieces
         raise MissingShard(
             f"{self.folder}: {self.sites[layer].name}, expert {index}: {leaf} is missing: download it again."
         )
 
-    @staticmethod
-    def _optional(pattern: str) -> bool:
-        return pattern.endswith(("scale_inv", "_scales", "scale", "bias"))
+    def _optional(self, pattern: str, pieces: dict[str | None, Piece]) -> bool:
+        """Whether nothing needs the source of `pattern`: a plain tensor needs no scale."""
+        scaled = pieces.get(pattern.removesuffix(SCALE))
+        plain = pattern.endswith(SCALE) and scaled is not None and not self._is_quantised(scaled.name)
+        return plain or pattern.endswith("activation_scale")
+
+    def _is_quantised(self, name: str) -> bool:
+        return self.tensors[name].dtype.startswith(("F8", "F4", "I8"))
+
+    def _dequantised(self, name: str, tensor: Tensor) -> Tensor:
+        scale_name = self._by_renamed.get(self._renamed(name) + SCALE)
+        if scale_name is None or self._quantizer is None:
+            raise MissingShard(f"{self.folder}: {name} lacks its scale, or the config its quantization_config.")
+        return dequantised(self._quantizer, tensor, self._read(scale_name)).to(getattr(torch, self.dtype))
 
     @cached_property
     def _leaf_index(self) -> dict[tuple[int, str], dict[int | None, list[Piece]]]:
@@ -204,19 +243,26 @@ class Checkpoint:
 
     def _leaf(self, layer: int, leaf: str, index: int) -> Tensor:
         pieces = self._pieces(layer, leaf, index)
-        raw = [self._read_piece(layer, leaf, piece, index) for piece in pieces]
+        raw = {str(piece.pattern): self._read_piece(layer, leaf, piece, index) for piece in pieces}
         dims = len(self._leaf_shape(layer, leaf))
         if pieces[0].pattern is None:
-            return raw[0] if raw[0].dim() == dims else raw[0][0]
+            (only,) = raw.values()
+            return only if only.dim() == dims else only[0]
+        for scale in [pattern for pattern in raw if pattern.endswith(SCALE)]:
+            weight = scale.removesuffix(SCALE)
+            raw[weight] = dequantised(self._quantizer, raw[weight], raw.pop(scale))
         converter = deepcopy(self._converter(pieces[0].pattern))
-        for piece, tensor in zip(pieces, raw, strict=True):
-            converter.collected_tensors[piece.pattern] = [tensor]
+        # A converter that divides a list of experts among several targets must find one for each.
+        copies = len(converter.target_patterns) if pieces[0].expert is not None else 1
+        converter.collected_tensors.update((pattern, [tensor] * copies) for pattern, tensor in raw.items())
         full = f"{self.sites[layer].name}.{leaf}"
-        converted = converter.convert(full, model=self._model, config=self._model.config)
-        tensor = converted.get(full)
-        if tensor is None:
-            tensor = _only(converted)
-        return tensor[0] if isinstance(tensor, list) or tensor.dim() > dims else tensor
+        try:
+            converted = converter.convert(full, model=self._model, config=self._model.config)
+        except (ValueError, RuntimeError) as error:
+            raise WrongShape(f"{self.folder}: the tensors of {full}, expert {index}, do not fit together.") from error
+        tensor = converted[full] if full in converted else _only(converted)
+        kept: Tensor = tensor[0] if isinstance(tensor, list) or tensor.dim() > dims else tensor
+        return kept
 
     def _leaf_shape(self, layer: int, leaf: str) -> tuple[int, ...]:
         return next(found.shape for found in self.sites[layer].leaves if found.name == leaf)
@@ -231,9 +277,10 @@ class Checkpoint:
         """A piece's tensor for one expert: of a stacked one its rows, (1, ...) where it has a dimension of experts."""
         if piece.expert is not None:
             return self._read(piece.name)
-        rows = self._rows(layer, leaf, piece)
-        file = self.tensors[piece.name].extent.file
-        found: Tensor = self._handles[file].get_slice(piece.name)[index * rows : (index + 1) * rows]
+        rows, stored = self._rows(layer, leaf, piece), self.tensors[piece.name]
+        if stored.shape[:1] != (rows * self.sites[layer].num_experts,):
+            raise WrongShape(f"{self.folder}: {piece.name} has shape {stored.shape}, not one row for each expert.")
+        found: Tensor = self._handles[stored.extent.file].get_slice(piece.name)[index * rows : (index + 1) * rows]
         return found
 
     def _piece_extent(self, layer: int, leaf: str, piece: Piece, index: int) -> Extent:
@@ -261,21 +308,22 @@ class Checkpoint:
     def _converter(self, pattern: str) -> Any:
         return next(found for found in self._transforms[1] if pattern in found.source_patterns)
 
+    def _renamed(self, name: str) -> str:
+        return str(apply_renamings(name, self._transforms[0]))
+
+    @cached_property
+    def _by_renamed(self) -> dict[str, str]:
+        return {self._renamed(name): name for name in self.tensors}
+
     def _is_companion(self, name: str) -> bool:
-        return False
-
-    def _companions(self, name: str) -> list[tuple[str, str]]:
-        """Scales that belong to a quantised dense tensor, with the converter's patterns."""
-        return []
-
-    def _dequantiser(self, name: str) -> tuple[str, Any]:
-        raise UnsupportedFamily(f"{self.folder}: {name} is quantised in a way that comoe does not know.")
+        """Whether a stored tensor is only there to dequantise another."""
+        return self._quantizer is not None and self._renamed(name).endswith((SCALE, "activation_scale"))
 
     def _dtype(self) -> str:
         """The dtype of the stored experts; of quantised ones, the config's."""
-        for pieces in self._leaf_pieces.values():
-            stored = DTYPES.get(self.tensors[pieces[0].name].dtype)
-            if stored is not None:
+        for piece in (piece for pieces in self._leaf_pieces.values() for piece in pieces):
+            stored = DTYPES.get(self.tensors[piece.name].dtype)
+            if stored is not None and not self._is_companion(piece.name):
                 return stored
         configured = str(getattr(self.config, "dtype", None) or "bfloat16").removeprefix("torch.")
         return configured if configured in DTYPES.values() else "bfloat16"
@@ -288,13 +336,16 @@ class Checkpoint:
             for leaf in site.leaves:
                 for index in range(site.num_experts):
                     self._pieces(layer, leaf.name, index)
+        tied = self._model.all_tied_weights_keys
+        twins = tied | {source: target for target, source in tied.items()}
+        for name, _ in self._model.named_parameters():
+            if self._found.isdisjoint((name, twins.get(name))) and self._leaf_of(name) is None:
+                raise MissingShard(f"{self.folder}: {name} is missing: download the checkpoint again.")
         state = self._model.state_dict()
         for name in self.dense_names:
-            if name in state and self._quantizer is None and tuple(state[name].shape) != self.tensors[name].shape:
-                raise WrongShape(
-                    f"{self.folder}: {name} has shape {self.tensors[name].shape}, "
-                    f"the config implies {tuple(state[name].shape)}."
-                )
+            stored, implied = self.tensors[name].shape, tuple(state[name].shape) if name in state else None
+            if implied not in (stored, None) and self._quantizer is None:
+                raise WrongShape(f"{self.folder}: {name} has shape {stored}, the config implies {implied}.")
 
 
 def skeleton_of(config: Any) -> Any:
@@ -306,29 +357,12 @@ def skeleton_of(config: Any) -> Any:
 
 def model_class(config: Any) -> Any:
     """The transformers class of the architecture that `config` names. Raises UnsupportedFamily."""
-    for name in getattr(config, "architectures", None) or ():
+    names = getattr(config, "architectures", None) or ()
+    for name in names:
         found = getattr(transformers, name, None)
         if found is not None:
             return found
-    raise UnsupportedFamily(
-        f"{config.model_type}: this transformers has no architecture {getattr(config, 'architectures', None)}."
-    )
-
-
-def _resolve(path: str | Path) -> Path:
-    folder = Path(path)
-    if folder.is_dir():
-        return folder
-    if folder.is_absolute() or str(path).startswith(".") or str(path).count("/") != 1:
-        raise UsageError(f"{path} is not a folder: give a checkpoint's folder or a hub id (owner/name).")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    repository, _, revision = str(path).partition("@")
-    try:
-        return Path(snapshot_download(repository, revision=revision or None))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is neither a folder nor a repository that the hub library finds.") from error
+    raise UnsupportedFamily(f"{config.model_type}: this transformers has no architecture {names}.")
 
 
 def read_config(folder: Path) -> Any:
@@ -339,25 +373,6 @@ def read_config(folder: Path) -> Any:
         return transformers.AutoConfig.from_pretrained(folder)
     except (ValueError, KeyError, OSError, TypeError) as error:
         raise UnsupportedFamily(f"{folder}/config.json: {str(error).splitlines()[0]}") from error
-
-
-def _quantizer(config: Any) -> Any:
-    """What dequantises a checkpoint's tensors, None for a plain one."""
-    quantization = getattr(config, "quantization_config", None)
-    if quantization is None:
-        return None
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
-    if method == "fp8":
-        from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
-        from transformers.utils.quantization_config import FineGrainedFP8Config
-
-        return FineGrainedFP8HfQuantizer(FineGrainedFP8Config(dequantize=True), pre_quantized=True)
-    if method == "mxfp4":
-        from transformers.quantizers.quantizer_mxfp4 import Mxfp4HfQuantizer
-        from transformers.utils.quantization_config import Mxfp4Config
-
-        return Mxfp4HfQuantizer(Mxfp4Config(dequantize=True), pre_quantized=True)
-    raise UnsupportedFamily(f"{config.model_type}: weights quantised by {method!r} cannot be packed; use the original.")
 
 
 def _prefixes(name: str) -> Iterator[str]:

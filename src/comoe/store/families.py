@@ -1,4 +1,4 @@
-"""Where a model family keeps its experts, and what one expert is made of.
+"""Where a model family keeps its experts, what one expert is made of, and what dequantises its checkpoints.
 
 A family that transformers decorates with its experts interface needs no line here; the others are a row of
 `OWN_LAYOUTS`. How their experts compute is `runtime.hook`'s business.
@@ -7,12 +7,13 @@ A family that transformers decorates with its experts interface needs no line he
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from comoe.types import Leaf, NotAMoE, Site, UnsupportedFamily
 
 REFUSED = {
-    "nllb_moe": "transformers 5 runs only its experts 0 and 1, so no output could be trusted",
+    "nllb-moe": "transformers 5 runs only its experts 0 and 1, so no output could be trusted",
 }
 
 
@@ -51,6 +52,45 @@ def sites(model: Any, dtype: str) -> tuple[Site, ...]:
     if any("expert" in name.lower() for name, _ in model.named_modules()):
         raise UnsupportedFamily(f"{family} keeps its experts in a way that comoe does not know: please report it.")
     raise NotAMoE(f"{family} has no experts: this checkpoint is not a Mixture-of-Experts model.")
+
+
+def quantizer_of(config: Any) -> Any:
+    """What dequantises the tensors of the checkpoint of `config`, None for a plain one. Raises UnsupportedFamily."""
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is None:
+        return None
+    values = quantization if isinstance(quantization, dict) else quantization.to_dict()
+    method = values.get("quant_method")
+    if method == "fp8":
+        block = {"weight_block_size": values["weight_block_size"]} if values.get("weight_block_size") else {}
+        from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
+        from transformers.utils.quantization_config import FineGrainedFP8Config
+
+        return FineGrainedFP8HfQuantizer(FineGrainedFP8Config(dequantize=True, **block), pre_quantized=True)
+    if method == "mxfp4":
+        from transformers.quantizers.quantizer_mxfp4 import Mxfp4HfQuantizer
+        from transformers.utils.quantization_config import Mxfp4Config
+
+        return Mxfp4HfQuantizer(Mxfp4Config(dequantize=True), pre_quantized=True)
+    raise UnsupportedFamily(f"{config.model_type}: weights quantised by {method!r} cannot be packed; use the original.")
+
+
+def dequantised(quantizer: Any, tensor: Tensor, scale: Tensor) -> Tensor:
+    """An FP8 weight (..., out, in) times its scales (..., blocks, blocks).
+
+    transformers takes blocks to be of equal size; those at the edges may be cut off, so they are completed first.
+    """
+    block, (rows, cols) = quantizer.quantization_config.weight_block_size, tensor.shape[-2:]
+    cut = scale.dim() >= 2 and tuple(scale.shape[-2:]) == (-(-rows // block[0]), -(-cols // block[1]))
+    if cut:
+        sizes = (*tensor.shape[:-2], scale.shape[-2] * block[0], scale.shape[-1] * block[1])
+        whole = torch.zeros(sizes, dtype=torch.uint8)
+        whole[..., :rows, :cols] = tensor.view(torch.uint8)
+        tensor = whole.view(tensor.dtype)
+    operation = quantizer.get_load_operations()["dequantize"](quantizer)
+    (found,) = operation.convert({"weight": [tensor], "weight_scale_inv": [scale]}).values()
+    kept: Tensor = found[..., :rows, :cols] if cut else found
+    return kept
 
 
 def _stacked(module: nn.Module) -> Experts:

@@ -7,7 +7,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from comoe.types import CheckpointError, Extent, HostileFile, MissingShard, TruncatedShard
+from comoe.types import CheckpointError, Extent, HostileFile, MissingShard, TruncatedShard, UsageError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -26,6 +26,26 @@ class StoredTensor:
     dtype: str
     shape: tuple[int, ...]
     extent: Extent
+
+
+def find_folder(path: str | Path) -> Path:
+    """The folder `path`, or that of the hub repository `owner/name[@revision]` in the hub library's cache.
+
+    Raises UsageError or CheckpointError.
+    """
+    folder = Path(path)
+    if folder.is_dir():
+        return folder
+    if folder.is_absolute() or str(path).startswith(".") or str(path).count("/") != 1:
+        raise UsageError(f"{path} is not a folder: give a checkpoint's folder or a hub id (owner/name).")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    repository, _, revision = str(path).partition("@")
+    try:
+        return Path(snapshot_download(repository, revision=revision or None))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is neither a folder nor a repository that the hub library finds.") from error
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
@@ -63,9 +83,11 @@ def read_file_header(folder: Path, file: str) -> dict[str, StoredTensor]:
     except ValueError as error:
         raise HostileFile(f"{path}: the header is not JSON: download it again.") from error
     tensors = _parse(path, file, header, 8 + length)
-    end = max((tensor.extent.offset + tensor.extent.length for tensor in tensors.values()), default=0)
+    end = max((tensor.extent.offset + tensor.extent.length for tensor in tensors.values()), default=8 + length)
     if end > size:
         raise TruncatedShard(f"{path} has {size} bytes, its header announces {end}: download it again.")
+    if end < size:
+        raise HostileFile(f"{path}: {size - end} bytes after the last tensor belong to none.")
     return tensors
 
 
@@ -97,8 +119,8 @@ def _parse(path: Path, file: str, header: Any, data_start: int) -> dict[str, Sto
         raise HostileFile(f"{path}: the header breaks the safetensors format ({error}).") from error
     end = data_start
     for extent in sorted(tensor.extent for tensor in tensors.values()):
-        if extent.offset < end:
-            raise HostileFile(f"{path}: tensors overlap.")
+        if extent.offset != end:
+            raise HostileFile(f"{path}: tensors {'overlap' if extent.offset < end else 'leave a gap'}.")
         end = extent.offset + extent.length
     return tensors
 

@@ -1,0 +1,131 @@
+"""What people see of comoe: public names, the drawn error tree, a light import, documented commands, a strict CI.
+
+Looked at in fresh interpreters, so that nothing which other tests imported can help.
+"""
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SRC = ROOT / "src"
+TYPES = ast.parse((SRC / "comoe" / "types.py").read_text(encoding="utf-8"))
+
+PUBLIC_NAMES = ("ComoeError", "DoesNotFit", "__version__", "load")
+HEAVY = {"torch", "transformers", "scipy"}
+
+
+def drawn_errors() -> dict[str, tuple[str, int]]:
+    """{error: (parent, exit code)} from the drawing in types.py; a code that is not drawn is the parent's."""
+    errors = {"Exception": ("", 0)}
+    path = ["Exception"]
+    for line in re.findall(r"^ {4}([ │├└─]*)(\w+)(?: +exit (\d+))?", ast.get_docstring(TYPES) or "", re.MULTILINE):
+        branch, name, code = line
+        path[1 + len(branch) // 4 :] = [name]
+        errors[name] = (path[-2], int(code or errors[path[-2]][1]))
+    return errors
+
+
+def coded_errors() -> dict[str, tuple[str, int]]:
+    """The same from the classes: the first base is the parent, an exit code that is not set is its."""
+    errors = {"Exception": ("", 0)}
+    for node in TYPES.body:
+        parent = ast.unparse(node.bases[0]) if isinstance(node, ast.ClassDef) and node.bases else ""
+        if isinstance(node, ast.ClassDef) and parent in errors:
+            code = re.search(r"^ *exit_code.* = (\d+)$", ast.unparse(node), re.MULTILINE)
+            errors[node.name] = (parent, int(code[1] if code else errors[parent][1]))
+    return errors
+
+
+def test_the_drawing_of_the_error_tree_is_the_tree() -> None:
+    assert "DoesNotFit" in drawn_errors()
+    assert drawn_errors() == coded_errors()
+
+
+def run_python(code: str, *arguments: str) -> str:
+    """Stdout of a fresh interpreter that imports from here."""
+    env = {**os.environ, "PYTHONPATH": str(SRC), "PYTHONIOENCODING": "utf-8"}
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, env=env, capture_output=True, encoding="utf-8", timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def answer(code: str, expression: str) -> Any:
+    """What a fresh interpreter finds `expression` to be after `code`."""
+    return json.loads(run_python(f"{code}\nimport json\nprint(json.dumps({expression}))"))
+
+
+def test_the_public_names_are_exact() -> None:
+    seen = "[name for name in dir(comoe) if not isinstance(vars(comoe).get(name), type(sys))]"
+    declared, present = answer("import comoe, sys", f"[comoe.__all__, {seen}]")
+    assert tuple(declared) == PUBLIC_NAMES
+    public = {name for name in present if not name.startswith("_")}
+    assert public | {"load"} == {name for name in PUBLIC_NAMES if not name.startswith("_")}
+
+
+@pytest.mark.parametrize("module", ["comoe", "comoe.cli"])
+def test_importing_brings_in_nothing_heavy(module: str) -> None:
+    loaded = answer(f"import {module}, sys", "list(sys.modules)")
+    assert module in loaded
+    assert not HEAVY & set(loaded)
+
+
+def commands() -> list[str]:
+    """The commands that `comoe --help` lists."""
+    code = "from comoe.cli import app\nfrom typer.main import get_command\nfound = get_command(app).commands.items()"
+    return list(answer(code, "[name for name, command in found if not command.hidden]"))
+
+
+def test_every_command_is_in_the_readme() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    listed = commands()
+    assert listed
+    assert [name for name in listed if not re.search(rf"\bcomoe {name}\b", readme)] == []
+
+
+def test_the_command_reference_is_the_commands_own_help() -> None:
+    code = "import runpy, sys; runpy.run_path(sys.argv[1], run_name='__main__')"
+    generated = run_python(code, str(ROOT / "docs" / "build_cli.py"))
+    assert (ROOT / "docs" / "cli.md").read_text(encoding="utf-8") == generated, "make docs writes it again"
+
+
+SKIPPING = """
+import pytest
+
+def test_passes():
+    pass
+
+def test_skips():
+    pytest.skip({reason!r})
+"""
+
+
+def exit_code_of_skipping(folder: Path, reason: str, ci: str) -> tuple[int, str]:
+    (folder / "conftest.py").write_text((ROOT / "tests" / "conftest.py").read_text(encoding="utf-8"), encoding="utf-8")
+    (folder / "test_skips.py").write_text(SKIPPING.format(reason=reason), encoding="utf-8")
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--rootdir", str(folder), str(folder)]
+    done = subprocess.run(command, env={**os.environ, "CI": ci}, capture_output=True, text=True, timeout=60)
+    return done.returncode, done.stdout
+
+
+@pytest.mark.parametrize(
+    ("reason", "ci", "code"),
+    [
+        ("no reason at all", "true", 1),
+        ("no reason at all", "", 0),
+        ("needs the shared models and data (COMOE_SHARED)", "true", 0),
+    ],
+)
+def test_an_unexpected_skip_fails_ci(tmp_path: Path, reason: str, ci: str, code: int) -> None:
+    exit_code, output = exit_code_of_skipping(tmp_path, reason, ci)
+    assert "1 passed, 1 skipped" in output
+    assert exit_code == code
+    assert ("UNEXPECTED SKIP" in output) == (code == 1)
