@@ -1,17 +1,12 @@
 """comoe runs Mixture-of-Experts language models that do not fit, on edge devices that move."""
 
-from typing import TYPE_CHECKING, Any
-
 from comoe.types import ComoeError, DoesNotFit
-
-if TYPE_CHECKING:
-    from comoe.runtime.load import load
 
 __version__ = "0.1.0"
 __all__ = ["ComoeError", "DoesNotFit", "__version__", "load"]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     """Import `load` only when asked for: planner, store and simulator need no torch."""
     if name == "load":
         from comoe.runtime.load import load
