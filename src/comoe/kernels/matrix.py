@@ -26,7 +26,8 @@ class Matrix:
 
     `weight` holds the elements row by row as bytes; of Q4 and Q8 the high nibbles, value + 8, the first of two
     neighbours in a byte's low nibble, with float16 `scales` (rows, cols / group) and, for Q8, a plane `low` like
-    `weight`. A Q4 weight is scale * high, a Q8 weight scale / 8 * (8 * high + low). ValueError where sizes disagree.
+    `weight`. A Q4 weight is scale * high, a Q8 weight scale / 8 * (8 * high + low). ValueError where sizes disagree
+    or an array has gaps: the kernel gets nothing but addresses.
     """
 
     code: Code
@@ -38,14 +39,20 @@ class Matrix:
     low: npt.NDArray[np.uint8] | None = None
 
     def __post_init__(self) -> None:
+        if self.rows <= 0 or self.cols <= 0:
+            raise ValueError(f"a matrix cannot be {self.rows, self.cols}")
+        arrays = [array for array in (self.weight, self.scales, self.low) if array is not None]
+        if not all(array.flags.c_contiguous for array in arrays):
+            raise ValueError("the bytes of a matrix must be contiguous")
         if self.weight.nbytes * 8 != self.rows * self.cols * ELEMENT_BITS[self.code]:
             raise ValueError(f"{self.weight.nbytes} bytes are not a {self.code.name} matrix {self.rows, self.cols}")
         if self.code < Code.Q4:
             return
         if self.group <= 0 or self.group % 2 or self.cols % self.group:
             raise ValueError(f"groups of {self.group} do not divide {self.cols} columns")
-        if self.scales is None or self.scales.size != self.rows * self.cols // self.group:
-            raise ValueError("not one scale for every group")
+        num_groups = self.rows * self.cols // self.group
+        if self.scales is None or self.scales.dtype != np.float16 or self.scales.size != num_groups:
+            raise ValueError("not one float16 scale for every group")
         if self.code is Code.Q8 and (self.low is None or self.low.nbytes != self.weight.nbytes):
             raise ValueError("a Q8 matrix needs its low plane")
 

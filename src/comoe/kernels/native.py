@@ -51,7 +51,7 @@ def expert(up: Matrix, down: Matrix, activation: str, gated: bool, x: Floats, ou
     if down.cols != inner or (gated and up.rows % 2):
         raise ValueError(f"up has {up.rows} rows, down {down.cols} columns")
     _check(x, len(x), up.cols)
-    _check(out, len(x), down.rows)
+    _check(out, len(x), down.rows, written=True)
     arguments = (_address(x), _address(out), ctypes.c_int64(len(x)))
     status = _loaded().comoe_expert(
         ctypes.byref(_c(up)), ctypes.byref(_c(down)), ACTIVATIONS[activation], int(gated), *arguments
@@ -63,7 +63,7 @@ def expert(up: Matrix, down: Matrix, activation: str, gated: bool, x: Floats, ou
 def linear(matrix: Matrix, x: Floats, out: Floats) -> None:
     """`out` (T, rows) = `x` (T, cols) times the matrix's transpose; both float32 and contiguous."""
     _check(x, len(x), matrix.cols)
-    _check(out, len(x), matrix.rows)
+    _check(out, len(x), matrix.rows, written=True)
     if _loaded().comoe_linear(ctypes.byref(_c(matrix)), _address(x), _address(out), ctypes.c_int64(len(x))):
         raise MemoryError("the kernel found no memory for its scratch")
 
@@ -98,6 +98,8 @@ def _address(array: Floats) -> ctypes.c_void_p:
     return ctypes.c_void_p(array.ctypes.data)
 
 
-def _check(array: Floats, rows: int, cols: int) -> None:
+def _check(array: Floats, rows: int, cols: int, *, written: bool = False) -> None:
     if array.shape != (rows, cols) or array.dtype != np.float32 or not array.flags.c_contiguous:
         raise ValueError(f"expected contiguous float32 {(rows, cols)}, got {array.dtype} {array.shape}")
+    if written and not array.flags.writeable:
+        raise ValueError("the array for results is read-only")
