@@ -20,6 +20,7 @@ SPECIAL_TOKENS = ("<pad>", "</s>", "<unk>", "<|doc|>", "<extra_id_0>")
 VOCABULARY_SIZE = 128
 
 os.environ.setdefault("OMP_NUM_THREADS", THREADS)
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads crawl on a busy machine
 
 
 @pytest.fixture(scope="session")

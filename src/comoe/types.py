@@ -25,6 +25,7 @@ Frozen values only: no I/O, no torch, nothing that can fail at import. Layout of
     └── RemoteUnavailable          exit 5
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from typing import ClassVar, NamedTuple
@@ -123,6 +124,9 @@ class RemoteUnavailable(ComoeError):
 
     exit_code = 5
 
+
+Progress = Callable[[str, float], None]
+"""Told what is being done now, and which fraction of all work is."""
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 

@@ -14,16 +14,19 @@ from comoe.store.pack import Pack
 
 Windows = Mapping[str, list[list[int]]]
 
+MIN_CACHE_BYTES = 256 << 20
+"""Experts that may be in memory while a form is scored, however small a layer is."""
+
 
 def certify(
-    folder: Path, forms: list[str], windows: Windows, progress: Callable[[float], None]
+    folder: Path, forms: list[str], windows: Windows, progress: Callable[[float], None], threads: int | None = None
 ) -> tuple[ChainStep, ...]:
     """A step per form, coarse to fine, then the exact one. `progress` is told the fraction done."""
-    exact = score(folder, "exact", windows)
+    exact = score(folder, "exact", windows, threads)
     steps = []
     for done, form in enumerate(forms, 1):
         progress(done / (len(forms) + 1))
-        loss = compare(score(folder, form, windows), exact)
+        loss = compare(score(folder, form, windows, threads), exact)
         steps.append(
             ChainStep(
                 form=form,
@@ -39,9 +42,11 @@ def certify(
     return (*steps, exact_step)
 
 
-def score(folder: Path, form: str, windows: Windows) -> Score:
-    """Nats of the model with every expert in `form`, in float32."""
-    model = Loader(Pack(folder), Options(dtype="float32")).resident(form)
+def score(folder: Path, form: str, windows: Windows, threads: int | None = None) -> Score:
+    """Nats of the model with every expert in `form`, in float32; in memory are the experts of one layer at a time."""
+    loader = Loader(Pack(folder), Options(dtype="float32", threads=threads))
+    rung = loader.ladder.rung(form)
+    model = loader.streamed(form, min(rung.nbytes, max(MIN_CACHE_BYTES, loader.largest_layer(form))))
     with model.comoe:
         evaluation = Evaluation.for_model(model, AutoTokenizer.from_pretrained(folder))
         return Score({name: evaluation.nats(found) for name, found in windows.items()})

@@ -26,6 +26,8 @@ from transformers import AutoTokenizer
 from comoe.device import process
 from comoe.make.calibrate import LayerInputs, Text, cut, record, recorded
 from comoe.make.certify import certify
+from comoe.make.dense import dense_entry
+from comoe.make.estimate import seconds_to_pack
 from comoe.make.layers import Layer, build
 from comoe.make.protocol import Evaluation
 from comoe.runtime.skeleton import load_skeleton
@@ -47,9 +49,9 @@ from comoe.store.manifest import (
     decode,
     encode,
 )
-from comoe.store.pack import header_hash
-from comoe.types import ComoeError, StorageFull, UsageError
-from comoe.units import format_size
+from comoe.store.pack import Pack, header_hash
+from comoe.types import ComoeError, Progress, StorageFull, UsageError
+from comoe.units import format_seconds, format_size
 
 DEFAULT_FORMS = ("merged", "q4", "q8")
 HELD_OUT = 4
@@ -57,9 +59,6 @@ HELD_OUT = 4
 
 BATCH_WINDOWS = 16
 STORED = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.int64: "I64", torch.int32: "I32"}
-
-Progress = Callable[[str, float], None]
-"""Told what is being done and which fraction of all work is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,30 +70,52 @@ class Recipe:
     num_tokens: int = 16384
     self_contained: bool = False
     seed: int = 0
+    threads: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What was made, and what it took."""
+    """What was made, and what it took; the keys of the contract."""
 
-    manifest: Manifest
+    model_type: str
+    layers: int
+    experts_per_layer: int
+    expert_bytes_bf16: int
+    pack_bytes: int
+    forms: tuple[str, ...]
     seconds: float
+    estimated_seconds: float
     peak_bytes: int
 
 
-def pack(source: str | Path, target: Path, recipe: Recipe, progress: Progress) -> Report:
+def pack(
+    source: str | Path, target: Path, recipe: Recipe, progress: Progress, say: Callable[[str], None] = lambda text: None
+) -> Report:
     """Make the pack `target` of the checkpoint `source`. Raises CheckpointError, UsageError or StorageFull.
 
-    A folder `target`.partial of an earlier, killed run with the same input is gone on with.
+    A folder `target`.partial of an earlier, killed run with the same input is gone on with. `say` is told first how
+    long it will take.
     """
     start_s = perf_counter()
     if target.exists():
         raise UsageError(f"{target} exists: choose another name or remove it first.")
+    if recipe.threads is not None:
+        torch.set_num_threads(recipe.threads)
     checkpoint = Checkpoint.open(source)
     with _disk_errors(target):
         packer = Packer(checkpoint, target, recipe, progress)
-        manifest = packer.run()
-    return Report(manifest, perf_counter() - start_s, process.peak_bytes())
+        manifest = packer.run(say)
+    return Report(
+        model_type=manifest.model_type,
+        layers=len(manifest.layers),
+        experts_per_layer=max(layer.num_experts for layer in manifest.layers),
+        expert_bytes_bf16=manifest.expert_bytes_bf16,
+        pack_bytes=Pack(target).own_bytes,
+        forms=manifest.forms,
+        seconds=perf_counter() - start_s,
+        estimated_seconds=packer.estimated_s,
+        peak_bytes=process.peak_bytes(),
+    )
 
 
 class Packer:
@@ -109,10 +130,16 @@ class Packer:
         self._work = self._folder / "work"
         forms = {"exact", *recipe.forms} - (set() if recipe.texts else {"merged"})
         self._forms = tuple(form for form in FORM_PARTS if form in forms)
+        self.estimated_s = 0.0
 
-    def run(self) -> Manifest:
+    def run(self, say: Callable[[str], None]) -> Manifest:
         self._begin()
         dense_bytes = self._dense()
+        self.estimated_s = self._estimate_s()
+        say(
+            f"Packing {self._checkpoint.folder} takes about {format_seconds(self.estimated_s)} and "
+            f"{format_size(self.estimate_bytes())} of disk."
+        )
         inputs = self._calibrate()
         layers = self._layers(inputs)
         manifest = self._manifest(dense_bytes, layers, inputs)
@@ -137,6 +164,14 @@ class Packer:
         )
         dense = sum(self._checkpoint.tensors[name].extent.length for name in self._checkpoint.dense_names)
         return int(experts + dense)
+
+    def _estimate_s(self) -> float:
+        """Seconds to go, from the time that one expert's steps take here."""
+        index = max(range(len(self._checkpoint.sites)), key=lambda at: self._checkpoint.sites[at].expert_bytes_bf16)
+        _, module = list(experts_modules(self._model))[index]
+        tokens = {name: len(found) for name, found in self._windows.items()} if self._recipe.texts else {}
+        batches = -(-sum(tokens.values()) // BATCH_WINDOWS)
+        return seconds_to_pack(Layer(self._checkpoint, index, module, None, self._folder), self._forms, batches)
 
     def _begin(self) -> None:
         """Make the partial folder, or clear one that another input left."""
@@ -254,6 +289,7 @@ class Packer:
                 seed=recipe.seed,
             ),
             dense_bytes=dense_bytes,
+            dense=dense_entry(checkpoint.config),
             gate_quantiles=self._gate_quantiles() if calibrated else (),
             source=_source_entry(checkpoint) if referring else None,
         )
@@ -267,7 +303,13 @@ class Packer:
         for name in ("_model", "_evaluation"):
             self.__dict__.pop(name, None)
         forms = [form for form in self._forms if form != "exact"]
-        return certify(self._folder, forms, held_out, lambda done: self._progress("certificate", 0.8 + 0.2 * done))
+        return certify(
+            self._folder,
+            forms,
+            held_out,
+            lambda done: self._progress("certificate", 0.8 + 0.2 * done),
+            self._recipe.threads,
+        )
 
     def _write(self, name: str, data: bytes) -> None:
         """Write a file of the partial folder so that it is whole or not there."""

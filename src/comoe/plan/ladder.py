@@ -48,6 +48,13 @@ class Rung:
             raise ValueError(f"{self.form} has no certificate")
         return max(0.0, self.loss_ci95.high)
 
+    @property
+    def mean_error(self) -> float | None:
+        """Mean over layers of the relative squared error of their outputs; None where nothing was calibrated."""
+        if not self.errors:
+            return None
+        return sum(self.errors) / len(self.errors)
+
     def loss_rate(self, layer: int) -> float:
         """Price if only uses in `layer` took this form, times the number of layers: their mean is `price`.
 
@@ -96,7 +103,8 @@ def ladder_of(manifest: Manifest) -> Ladder:
         exact = form == "exact"
         loss = 0.0 if exact else step.loss if step else None
         interval = Band(*step.loss_ci95) if step and not exact else Band(0.0, 0.0)
-        errors = tuple(layer.errors.get(form, 0.0) for layer in manifest.layers)
+        measured = exact or any(form in layer.errors for layer in manifest.layers)
+        errors = tuple(layer.errors.get(form, 0.0) for layer in manifest.layers) if measured else ()
         parts = {part: held_bytes(manifest, part) for part in FORM_PARTS[form]}
         rungs.append(Rung(form, parts, loss, interval, errors))
     use = tuple(_use(layer.frequency, layer.num_experts, manifest.experts_per_token) for layer in manifest.layers)

@@ -5,7 +5,8 @@ replaces the inside of `best` and keeps its signature.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
@@ -36,10 +37,16 @@ class Plan:
     start_seconds: float
     fetch_bytes: int
     shares: dict[str, float]
+    hit_rate: float
 
     @property
     def total_bytes(self) -> int:
         return self.floor_bytes + self.refinement_bytes
+
+    def document(self) -> dict[str, Any]:
+        """The plan for JSON: an infinite threshold, which takes the floor for every miss, is None."""
+        threshold = self.wait_threshold if self.wait_threshold < float("inf") else None
+        return {**asdict(self), "total_bytes": self.total_bytes, "wait_threshold": threshold}
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +121,7 @@ class Planner:
             start_seconds=self.costs.read_ms(_floor_bytes(floor), 1) / 1e3,
             fetch_bytes=fetch,
             shares=shares,
+            hit_rate=1.0 - miss,
         )
 
     def _coarse_share(self, floor: Rung | None, target: Rung, miss: float, max_loss: float) -> float:
@@ -152,7 +160,7 @@ def uniform(ladder: Ladder, form: str) -> Plan:
     """The plan that keeps `form` of every expert resident: the reference of comparisons."""
     rung = ladder.rung(form)
     unknown = Band(0.0, float("inf"))
-    return Plan(form, None, form, 0, rung.nbytes, 0.0, unknown, rung.loss_ci95, 0.0, rung.nbytes, {form: 1.0})
+    return Plan(form, None, form, 0, rung.nbytes, 0.0, unknown, rung.loss_ci95, 0.0, rung.nbytes, {form: 1.0}, 1.0)
 
 
 def _floor_bytes(floor: Rung | None) -> int:

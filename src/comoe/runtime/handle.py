@@ -9,7 +9,7 @@ from comoe.plan.ledger import Ledger
 from comoe.plan.planner import Plan
 from comoe.runtime.layer import Counts, Serving
 from comoe.store.pack import Pack
-from comoe.types import DoesNotFit
+from comoe.types import DoesNotFit, UsageError
 
 SLACK_BYTES = 8 << 20
 """Once the process is nearer than this to its budget, the cache gives way."""
@@ -18,11 +18,13 @@ SLACK_BYTES = 8 << 20
 class Comoe:
     """The handle of a served model. A context manager: leaving it stops the I/O thread.
 
-    `memory` is the budget of the whole process in bytes, None where only experts were given one.
+    `context` is the longest prompt and answer together, in tokens; `memory` the budget of the whole process in bytes,
+    None where only experts were given one.
     """
 
-    def __init__(self, pack: Pack, serving: Serving, memory: int | None = None) -> None:
-        self._pack, self._serving, self._memory = pack, serving, memory
+    def __init__(self, pack: Pack, serving: Serving, context: int, memory: int | None = None) -> None:
+        self._pack, self._serving, self._context, self._memory = pack, serving, context, memory
+        self._read_before: dict[str, int] = {}
         if memory is not None:
             self._overhead = memory - serving.cache.capacity
             serving.before_read = self._guard
@@ -60,25 +62,36 @@ class Comoe:
         self._memory = nbytes
 
     def stats(self) -> dict[str, Any]:
-        """Counters of the request and of the cache: rates as fractions, bytes as integers."""
-        counts, cache = self._serving.counts, self.cache.stats
+        """Counters of the request: rates as fractions, bytes as integers; what is resident is so now."""
+        counts, read = self._serving.counts, self.cache.stats.bytes_read
         uses = max(counts.uses, 1)
         return {
             "uses": counts.uses,
             "hit_rate": counts.hits / uses,
             "floor_rate": counts.floor_uses / uses,
             "expert_s": counts.expert_s,
-            "bytes_read": dict(cache.bytes_read),
+            "bytes_read": {tier: nbytes - self._read_before.get(tier, 0) for tier, nbytes in read.items()},
             "resident_bytes": self.cache.resident_bytes,
             "capacity_bytes": self.cache.capacity,
             "loss_ledger": self.ledger.loss,
             "shares": self.ledger.shares(),
         }
 
+    def check_context(self, tokens: int) -> None:
+        """Raise UsageError where prompt and answer together are longer than what memory was sized for."""
+        if tokens > self._context:
+            raise UsageError(f"prompt and answer have {tokens} tokens, memory is for {self._context}: raise --context.")
+
+    @property
+    def expert_s(self) -> float:
+        """Seconds that the request's experts took so far, waiting for them included."""
+        return self._serving.counts.expert_s
+
     def begin_request(self) -> None:
         """Start the ledger and the request's counters afresh."""
         self.ledger.clear()
         self._serving.counts = Counts()
+        self._read_before = self.cache.stats.bytes_read
 
     def close(self) -> None:
         """Stop the I/O thread and close files. The model cannot run afterwards."""

@@ -13,14 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from comoe.memory.cache import BlobCache
+from comoe.plan.footprint import CHUNK_TOKENS
 from comoe.plan.ledger import Ledger
 from comoe.plan.planner import Plan
 from comoe.runtime.experts import SiteMath
 from comoe.store.manifest import Manifest
 from comoe.types import BlobId, ExpertId
-
-CHUNK_TOKENS = 512
-"""Prefill runs in chunks of so many tokens: each expert is read once per chunk, activations stay bounded."""
 
 DECODE_TOKENS = 8
 """A chunk of more tokens is prefill, which never takes the floor: coarse keys and values would stay behind."""
@@ -92,7 +90,7 @@ class ServedLayer:
             y = self._maths.run(forms[at], blobs, x[use.tokens])
             waiting[at] = (y * weight[use.tokens, use.positions, None]).to(out.dtype)
             while added in waiting:
-                out.index_add_(0, uses[added].tokens, waiting.pop(added))
+                _add(out, uses[added].tokens, waiting.pop(added))
                 added += 1
         return out
 
@@ -122,3 +120,11 @@ class ServedLayer:
     def _take_floor(self, use: Use, floor: str) -> bool:
         cheap = use.gate < self.serving.plan.wait_threshold * len(use.tokens)
         return cheap and self.serving.ledger.allows(self._index, floor, use.gate)
+
+
+def _add(out: Tensor, tokens: Tensor, y: Tensor) -> None:
+    """Add `y` (T, H) to the rows `tokens` of `out`. One row alone is added without torch's parallel scatter."""
+    if len(out) == 1:
+        out += y
+    else:
+        out.index_add_(0, tokens, y)

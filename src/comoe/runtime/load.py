@@ -1,6 +1,5 @@
 """`comoe.load`: from a pack and a budget to a transformers model that generates."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,20 +11,20 @@ import torch
 from torch import Tensor, nn
 
 from comoe.device import process
+from comoe.device.costs import measured_costs
 from comoe.device.memory import memory_limit
-from comoe.device.probe import memory_bps, read_rate
 from comoe.memory.cache import BlobCache
 from comoe.plan.cost import Costs
+from comoe.plan.footprint import CHUNK_TOKENS, MARGIN_BYTES, Workload, beside_experts
 from comoe.plan.ladder import Band, ladder_of
 from comoe.plan.ledger import Ledger
 from comoe.plan.planner import Plan, Planner, uniform
-from comoe.runtime.budget import MARGIN_BYTES, WarmUp, Workload, dtype_of, estimate, warm_up
-from comoe.runtime.experts import SiteMath
+from comoe.runtime.budget import WarmUp, dtype_of, warm_up
+from comoe.runtime.experts import TORCH_DTYPES, SiteMath
 from comoe.runtime.handle import Comoe
 from comoe.runtime.hook import attach
-from comoe.runtime.layer import CHUNK_TOKENS, ServedLayer, Serving
+from comoe.runtime.layer import ServedLayer, Serving
 from comoe.runtime.skeleton import load_skeleton
-from comoe.store.checkpoint import read_config
 from comoe.store.families import experts_modules
 from comoe.store.layout import PAGE, align, layout
 from comoe.store.manifest import FORM_PARTS
@@ -35,7 +34,6 @@ from comoe.units import format_size, parse_budget, parse_size
 
 DEFAULT_CONTEXT = 2048
 DEFAULT_MEMORY_SHARE = 0.8
-NUM_PROBES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,15 +91,16 @@ class Loader:
         self.pack, self.options = pack, options
         self.ladder = ladder_of(pack.manifest)
         self._work = Workload(options.context, dtype_of(pack.manifest, options.dtype))
+        self._dtype = TORCH_DTYPES[self._work.dtype]
         process.steady_malloc()
-        torch.set_num_threads(options.threads or len(os.sched_getaffinity(0)))
+        if options.threads is not None:
+            torch.set_num_threads(options.threads)
 
     def within_process(self, memory: int) -> Any:
         """The model, with experts in what the rest of the process leaves of `memory` bytes."""
         least = Planner(self.ladder, Costs.unknown()).smallest(self.options.max_loss)
-        config = read_config(self.pack.folder)
-        self._refuse_below(estimate(self.pack.manifest, config, self._work) + least, memory)
-        model = load_skeleton(self.pack.folder, self._work.dtype)
+        self._refuse_below(beside_experts(self.pack.manifest, self._work, process.resident_bytes()) + least, memory)
+        model = self._skeleton()
         warm = self._warm_up(model)
         overhead = warm.peak_bytes + MARGIN_BYTES
         self._refuse_below(overhead + least, memory)
@@ -111,23 +110,31 @@ class Loader:
     def within_experts(self, budget: int) -> Any:
         """The model, with experts in `budget` bytes."""
         self.planner().best(budget, self.options.max_loss)  # refuses before anything is loaded
-        model = load_skeleton(self.pack.folder, self._work.dtype)
+        model = self._skeleton()
         plan = self.planner(self._warm_up(model)).best(budget, self.options.max_loss)
         return self._serve(model, plan, budget)
 
     def resident(self, form: str) -> Any:
         """The model with every expert in `form` in memory: the reference of comparisons."""
-        plan = uniform(self.ladder, form)
-        return self._serve(load_skeleton(self.pack.folder, self._work.dtype), plan, plan.total_bytes)
+        return self.streamed(form, self.ladder.rung(form).nbytes)
+
+    def streamed(self, form: str, capacity: int) -> Any:
+        """The model with every expert in `form` and at most `capacity` bytes of them in memory."""
+        return self._serve(self._skeleton(), uniform(self.ladder, form), capacity)
+
+    def largest_layer(self, form: str) -> int:
+        """Memory of all experts of the largest layer in `form`."""
+        layers = self.pack.manifest.layers
+        parts = FORM_PARTS[form]
+        return max(sum(layer.parts[p].rows * align(layer.parts[p].nbytes, PAGE) for p in parts) for layer in layers)
 
     def planner(self, warm: WarmUp | None = None) -> Planner:
         """A planner with this device's rates; `warm` says what a token costs beside its experts."""
-        manifest = self.pack.manifest
-        ids = manifest.expert_ids[:: max(1, len(manifest.expert_ids) // NUM_PROBES)]
-        blobs = [blob for expert in ids for blob in manifest.blobs(expert, "exact")]
-        rate, latency = read_rate(self.pack, blobs, perf_counter)
-        framework_ms = Band(warm.low_ms, warm.high_ms) if warm else Band(0.0, 0.0)
-        return Planner(self.ladder, Costs(rate, latency, memory_bps(perf_counter), framework_ms))
+        framework_ms = Band(warm.low_ms, warm.high_ms) if warm else None
+        return Planner(self.ladder, measured_costs(self.pack, perf_counter, framework_ms))
+
+    def _skeleton(self) -> Any:
+        return load_skeleton(self.pack.folder, self._dtype)
 
     def _refuse_below(self, needed: int, memory: int) -> None:
         if memory < needed:
@@ -147,7 +154,7 @@ class Loader:
 
     def _maths(self, model: Any) -> list[SiteMath]:
         return [
-            SiteMath(module, self.pack.manifest.site(layer), self._work.dtype)
+            SiteMath(module, self.pack.manifest.site(layer), self._dtype)
             for layer, (_, module) in enumerate(experts_modules(model))
         ]
 
@@ -159,7 +166,7 @@ class Loader:
             cache.hold([blob for expert in manifest.expert_ids for blob in manifest.blobs(expert, floor)])
         serving = Serving(manifest, cache, plan, Ledger(self.ladder, self.options.max_loss))
         attach(model, [ServedLayer(at, math, serving) for at, math in enumerate(self._maths(model))])
-        object.__setattr__(model, "comoe", Comoe(self.pack, serving, memory))
+        object.__setattr__(model, "comoe", Comoe(self.pack, serving, self.options.context, memory))
         return model
 
     def _largest_group(self, plan: Plan) -> int:

@@ -4,17 +4,20 @@ The words of docs/format.md as strict structs: an unknown key or a wrong type is
 and writing of blobs is `store.blobfile`'s and `store.pack`'s business.
 """
 
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from comoe.store.layout import layout
-from comoe.types import BlobId, ExpertId, HostileFile, Leaf, NotAPack, Site, UnknownKey
+from comoe.store.untrusted import is_plain_name, parse_json
+from comoe.types import DTYPE_BYTES, BlobId, ExpertId, HostileFile, Leaf, NotAPack, PackError, Site, UnknownKey
 
 FORMAT_VERSION = 1
 MANIFEST = "comoe.json"
 DENSE = "dense.safetensors"
+MAX_MANIFEST_BYTES = 100 * 1024 * 1024
 
 FORM_PARTS: dict[str, tuple[str, ...]] = {
     "merged": ("merged",),
@@ -88,6 +91,19 @@ class ChainStep(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     worst_domain: str
 
 
+class DenseEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Sizes of the model outside its experts, in elements: what memory a run needs beside them follows from it.
+
+    `kv` are keys and values of one token in all layers; `inner` the widest dense feed-forward.
+    """
+
+    hidden: int = 0
+    inner: int = 0
+    vocab: int = 0
+    kv: int = 0
+    num_layers: int = 0
+
+
 class Provenance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How the pack was made; no times, so that the same input gives the same bytes."""
 
@@ -101,7 +117,8 @@ class Provenance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A pack: `dtype` is the checkpoint's; `layers` are in the order of the model's modules.
 
-    `gate_quantiles` are the 0, 10, ... 100 % quantiles of the gate of one use of an expert.
+    `dense_bytes` are those of the weights outside the experts; `gate_quantiles` are the 0, 10, ... 100 % quantiles of
+    the gate of one use of an expert.
     """
 
     format_version: int
@@ -113,6 +130,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     chain: tuple[ChainStep, ...]
     provenance: Provenance
     dense_bytes: int
+    dense: DenseEntry = DenseEntry()
     gate_quantiles: tuple[float, ...] = ()
     source: SourceEntry | None = None
 
@@ -144,32 +162,51 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of the pack in `folder`. Raises NotAPack, UnknownKey or HostileFile."""
+    """The manifest of the pack in `folder`. Raises NotAPack, PackError, UnknownKey or HostileFile."""
     path = folder / MANIFEST
+    if not path.is_file():
+        raise NotAPack(f"{folder} is not a pack: it has no {MANIFEST}; make one with `comoe pack`.")
     try:
-        data = path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise NotAPack(f"{folder} is not a pack: it has no {MANIFEST}; make one with `comoe pack`.") from error
-    manifest: Manifest = decode(data, Manifest, path)
-    if manifest.format_version != FORMAT_VERSION:
-        raise NotAPack(
-            f"{path} has format version {manifest.format_version}; this comoe reads {FORMAT_VERSION}: "
-            "pack the checkpoint again."
-        )
-    for index in range(len(manifest.layers)):
-        _check_layer(manifest, index, path)
+        with path.open("rb") as file:
+            data = file.read(MAX_MANIFEST_BYTES + 1)
+    except OSError as error:
+        raise PackError(f"{path} cannot be read: {error.strerror}.") from error
+    if len(data) > MAX_MANIFEST_BYTES:
+        raise HostileFile(f"{path} is larger than any manifest.")
+    document = _document(data, path)
+    _check_version(document, path)
+    manifest: Manifest = _convert(document, Manifest, path)
+    _check(manifest, path)
     return manifest
 
 
 def decode(data: bytes, kind: type[Any], path: Path) -> Any:
     """`data` as `kind`. An unknown key raises UnknownKey, anything else wrong HostileFile; both name the key."""
+    return _convert(_document(data, path), kind, path)
+
+
+def _document(data: bytes, path: Path) -> Any:
     try:
-        return msgspec.json.decode(data, type=kind)
+        return parse_json(data)
+    except ValueError as error:
+        raise HostileFile(f"{path} is not JSON: {error}.") from error
+
+
+def _convert(document: Any, kind: type[Any], path: Path) -> Any:
+    try:
+        return msgspec.convert(document, kind)
     except msgspec.ValidationError as error:
         named = UnknownKey if "unknown field" in str(error) else HostileFile
         raise named(f"{path}: {error}.") from error
-    except msgspec.DecodeError as error:
-        raise HostileFile(f"{path} is not JSON: {error}.") from error
+
+
+def _check_version(document: Any, path: Path) -> None:
+    """Before anything else: another version may have other keys."""
+    version = document.get("format_version") if isinstance(document, dict) else None
+    if type(version) is int and version != FORMAT_VERSION:
+        raise NotAPack(
+            f"{path} has format version {version}; this comoe reads {FORMAT_VERSION}: pack the checkpoint again."
+        )
 
 
 def encode(value: msgspec.Struct) -> bytes:
@@ -177,30 +214,62 @@ def encode(value: msgspec.Struct) -> bytes:
     return msgspec.json.encode(value, order="deterministic")
 
 
-def _check_layer(manifest: Manifest, index: int, path: Path) -> None:
+def _check(manifest: Manifest, path: Path) -> None:
     """Everything that a reader relies on without looking again."""
+    forms = manifest.forms
+    quantiles = manifest.gate_quantiles
+    _refuse_unless(manifest.dtype in DTYPE_BYTES, path, f"there is no dtype {manifest.dtype!r}")
+    ladder = tuple(form for form in FORM_PARTS if form in forms)
+    _refuse_unless(forms == ladder and "exact" in forms, path, "its forms are no ladder that ends with exact")
+    _refuse_unless(len(manifest.layers) > 0, path, "it has no layers")
+    _refuse_unless(manifest.experts_per_token > 0 <= manifest.dense_bytes, path, "sizes are negative")
+    _refuse_unless(list(quantiles) == sorted(quantiles) and _are_finite(quantiles), path, "gate_quantiles do not rise")
+    for step in manifest.chain:
+        sound = step.form in forms and _are_finite((step.loss, *step.loss_ci95)) and step.resident_bytes >= 0
+        _refuse_unless(sound, path, f"the chain's step {step.form!r} is of no form or no number")
+    for file in manifest.source.files if manifest.source else ():
+        _refuse_unless(is_plain_name(file.name), path, f"{file.name!r} leaves the checkpoint's folder")
+    for index in range(len(manifest.layers)):
+        _check_layer(manifest, index, path)
+
+
+def _check_layer(manifest: Manifest, index: int, path: Path) -> None:
     layer = manifest.layers[index]
-    site = manifest.site(index)
-    for form in manifest.forms:
-        for name in FORM_PARTS.get(form, ("",)):
-            if name not in layer.parts:
-                raise HostileFile(f"{path}: layer {index} lacks the blobs of form {form!r}.")
-            part = layer.parts[name]
-            if part.nbytes != layout(site, name).nbytes:
-                raise HostileFile(f"{path}: layer {index}, part {name!r}: blobs have not the length of an expert.")
-            if name != "merged" and part.rows != layer.num_experts:
-                raise HostileFile(f"{path}: layer {index}, part {name!r}: not one blob for every expert.")
-            _check_place(part, manifest, path)
-    if "merged" in manifest.forms:
-        clusters = layer.parts["merged"].rows
-        if len(layer.clusters) != layer.num_experts or not all(0 <= c < clusters for c in layer.clusters):
-            raise HostileFile(f"{path}: layer {index}: clusters do not match its experts.")
+    where = f"layer {index}"
+    names = {leaf.name for leaf in layer.leaves}
+    sizes = [size for leaf in layer.leaves for size in leaf.shape]
+    _refuse_unless(0 < len(names) == len(layer.leaves) and min(sizes, default=1) > 0, path, f"{where}: no sound leaves")
+    _check_parts(manifest, index, path)
+    clusters = layer.parts["merged"].rows if "merged" in manifest.forms else 0
+    sound = len(layer.clusters) == (layer.num_experts if clusters else 0)
+    sound = sound and all(0 <= cluster < clusters for cluster in layer.clusters)
+    _refuse_unless(sound, path, f"{where}: clusters do not match its experts")
+    for shares in (layer.frequency, layer.mass):
+        sound = len(shares) in (0, layer.num_experts) and _are_finite(shares) and min(shares, default=0) >= 0
+        _refuse_unless(sound, path, f"{where}: not one share for every expert")
+    errors = tuple(layer.errors.values())
+    sound = layer.errors.keys() <= set(manifest.forms) and _are_finite(errors) and min(errors, default=0) >= 0
+    _refuse_unless(sound, path, f"{where}: errors are of no form or no number")
+
+
+def _check_parts(manifest: Manifest, index: int, path: Path) -> None:
+    layer, site = manifest.layers[index], manifest.site(index)
+    wanted = {part for form in manifest.forms for part in FORM_PARTS[form]}
+    _refuse_unless(layer.parts.keys() == wanted, path, f"layer {index}: its parts are not those of its forms")
+    for name, part in layer.parts.items():
+        where = f"layer {index}, part {name!r}"
+        length = layout(site, name).nbytes
+        _refuse_unless(0 < part.nbytes == length, path, f"{where}: blobs have not the length of an expert")
+        most = layer.num_experts
+        _refuse_unless(1 <= part.rows <= most, path, f"{where}: more blobs than experts, or none")
+        _refuse_unless(name == "merged" or part.rows == most, path, f"{where}: not one blob for every expert")
+        _check_place(part, manifest, path)
 
 
 def _check_place(part: PartEntry, manifest: Manifest, path: Path) -> None:
     if part.file is not None:
-        if Path(part.file).name != part.file:
-            raise HostileFile(f"{path}: {part.file!r} leaves the pack's folder.")
+        _refuse_unless(is_plain_name(part.file), path, f"{part.file!r} leaves the pack's folder")
+        _refuse_unless(not part.extents and not part.hashes, path, f"{part.file!r} and extents of the same blobs")
         return
     files = manifest.source.files if manifest.source else ()
     sound = len(part.extents) == len(part.hashes) == part.rows and all(
@@ -208,5 +277,13 @@ def _check_place(part: PartEntry, manifest: Manifest, path: Path) -> None:
         and all(0 <= i < len(files) and min(o, n - 1) >= 0 and o + n <= files[i].size for i, o, n in row)
         for row in part.extents
     )
+    _refuse_unless(sound, path, "extents point outside the checkpoint's files")
+
+
+def _are_finite(numbers: tuple[float, ...]) -> bool:
+    return all(map(isfinite, numbers))
+
+
+def _refuse_unless(sound: bool, path: Path, what: str) -> None:
     if not sound:
-        raise HostileFile(f"{path}: extents point outside the checkpoint's files.")
+        raise HostileFile(f"{path}: {what}.")

@@ -1,0 +1,89 @@
+"""The command line: one file per command, joined here. Data goes to stdout, talk to stderr.
+
+A flag wins over its environment twin `COMOE_*`, that over comoe.toml, that over the default.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Annotated
+
+import typer
+
+from comoe.cli.bench import command as bench
+from comoe.cli.config import defaults_of
+from comoe.cli.demo import command as demo
+from comoe.cli.doctor import command as doctor
+from comoe.cli.inspect import command as inspect
+from comoe.cli.pack import command as pack
+from comoe.cli.plan import command as plan
+from comoe.cli.run import command as run
+from comoe.cli.verify import command as verify
+from comoe.types import ComoeError
+
+INTERRUPTED = 130
+RUN_PACKAGES = {"torch", "transformers", "safetensors", "scipy"}
+
+app = typer.Typer(
+    name="comoe",
+    help="Run Mixture-of-Experts models that do not fit, inside whatever memory there is.\n\n"
+    "comoe pack CHECKPOINT -o PACK, then comoe run PACK --memory 4GiB --prompt 'Once upon a time'",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+COMMANDS: dict[str, Callable[..., None]] = {
+    "pack": pack,
+    "plan": plan,
+    "run": run,
+    "inspect": inspect,
+    "verify": verify,
+    "doctor": doctor,
+    "demo": demo,
+    "bench": bench,
+}
+for name, command in COMMANDS.items():
+    app.command(name)(command)
+
+
+@app.callback()
+def begin(
+    context: typer.Context,
+    config: Annotated[
+        str | None, typer.Option(envvar="COMOE_CONFIG", help="Settings file instead of ./comoe.toml.")
+    ] = None,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+) -> None:
+    if version:
+        from importlib.metadata import version as version_of
+
+        print(version_of("comoe"))
+        raise typer.Exit
+    context.default_map = defaults_of(config, context.command)
+
+
+def main() -> None:
+    """Run the command line; an error that comoe raises is one sentence on stderr and an exit code of its own.
+
+    Compute threads sleep while they wait, where nobody said otherwise: threads that spin take a thousand times longer
+    as soon as another process wants their core.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    try:
+        app(prog_name="comoe")
+    except ComoeError as error:
+        _stop(str(error), error.exit_code)
+    except ModuleNotFoundError as error:
+        if error.name not in RUN_PACKAGES:
+            raise
+        _stop(f"this command needs {error.name}: pip install 'comoe[run]'.", 1)
+    except KeyboardInterrupt:
+        _stop("interrupted.", INTERRUPTED)
+    except BrokenPipeError:  # the reader of stdout went away, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _stop(sentence: str, code: int) -> None:
+    print(f"comoe: {sentence}", file=sys.stderr)
+    sys.exit(code)

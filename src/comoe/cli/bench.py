@@ -1,0 +1,34 @@
+"""`comoe bench`: the published tables, made again here."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+from typer import Argument, Option
+
+from comoe.cli.options import Json
+from comoe.cli.terminal import print_json, progress_bar, quiet_transformers
+from comoe.types import UsageError
+
+BENCHMARKS = ("quality",)
+
+
+def command(
+    name: Annotated[str, Argument(help=f"One of: {', '.join(BENCHMARKS)}.")],
+    models: Annotated[
+        Path | None, Option(envvar="COMOE_MODELS", help="Folder of models; by default COMOE_SHARED/models.")
+    ] = None,
+    quick: Annotated[bool, Option("--quick", help="A coarse run of about a minute.")] = False,
+    out: Annotated[Path | None, Option(help="Keep finished rows here, and go on from them.")] = None,
+    json: Json = False,
+) -> None:
+    """Run a benchmark: comoe bench quality --quick"""
+    if name not in BENCHMARKS:
+        raise UsageError(f"there is no benchmark {name!r}: choose from {', '.join(BENCHMARKS)}.")
+    from comoe.bench import quality
+
+    quiet_transformers()
+    shared = Path(os.environ.get("COMOE_SHARED") or "../shared")
+    with progress_bar() as progress:
+        document = quality.run(models or shared / "models", shared, quick=quick, out=out, progress=progress)
+    print_json(document)

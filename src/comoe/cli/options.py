@@ -1,0 +1,61 @@
+"""Flags that several commands share, each spelled and explained once, and what they mean together."""
+
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+from typer import Argument, Option
+
+from comoe.types import UsageError
+from comoe.units import parse_share
+
+PackPath = Annotated[Path, Argument(help="A folder that `comoe pack` made.", show_default=False)]
+Json = Annotated[bool, Option("--json", help="Print one JSON document on stdout.")]
+Memory = Annotated[
+    str | None,
+    Option(envvar="COMOE_MEMORY", metavar="SIZE", help="Memory of the whole process, a hard limit: 4GiB."),
+]
+ExpertMemory = Annotated[
+    str | None,
+    Option(
+        envvar="COMOE_EXPERT_MEMORY",
+        metavar="SIZE|PERCENT",
+        help="Memory of the experts alone: 800MiB, or 30% of their bf16 bytes.",
+    ),
+]
+MaxLoss = Annotated[
+    str | None,
+    Option(envvar="COMOE_MAX_LOSS", metavar="PERCENT", help="Bound of the loss in nats per token: 2%. 0 is exact."),
+]
+Exact = Annotated[bool, Option("--exact", envvar="COMOE_EXACT", help="Exactly the checkpoint's outputs: no loss.")]
+Context = Annotated[
+    int | None,
+    Option(envvar="COMOE_CONTEXT", min=1, metavar="TOKENS", help="Longest prompt and answer together."),
+]
+Dtype = Annotated[
+    str | None,
+    Option(envvar="COMOE_DTYPE", help="Compute in float32, bfloat16 or float16; by default as the checkpoint."),
+]
+Threads = Annotated[int | None, Option(envvar="COMOE_THREADS", min=1, help="Compute threads; by default all cores.")]
+Seed = Annotated[int, Option(envvar="COMOE_SEED", help="Seed of everything random.")]
+Source = Annotated[
+    Path | None,
+    Option(envvar="COMOE_SOURCE", help="Where the checkpoint is now, if it moved since it was packed."),
+]
+
+
+class Wish(NamedTuple):
+    """How much memory, and which loss, as flags ask for them; `max_loss` is a fraction."""
+
+    memory: str | None
+    expert_memory: str | None
+    max_loss: float
+
+
+def wish(memory: str | None, expert_memory: str | None, max_loss: str | None, exact: bool) -> Wish:
+    """The flags taken together. Raises UsageError where they contradict each other."""
+    bound = parse_share(max_loss or "0")
+    if exact and bound:
+        raise UsageError("--exact allows no loss: leave out --exact or --max-loss.")
+    if memory and expert_memory:
+        raise UsageError("give --memory for the whole process or --expert-memory, not both.")
+    return Wish(memory, expert_memory, bound)

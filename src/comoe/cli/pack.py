@@ -1,0 +1,63 @@
+"""`comoe pack`: make a pack of a checkpoint."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+from typer import Argument, Option
+
+from comoe.cli.options import Json, Seed, Threads
+from comoe.cli.terminal import print_json, print_pairs, progress_bar, quiet_transformers, say
+from comoe.store.shipped import calibration_files
+from comoe.types import UsageError
+from comoe.units import format_size
+
+
+def command(
+    checkpoint: Annotated[str, Argument(help="A folder in hub layout, or a hub id: owner/name[@revision].")],
+    output: Annotated[Path, Option("--output", "-o", help="The pack's folder; it must not exist.")],
+    calib: Annotated[
+        list[Path] | None, Option(help="Text to calibrate on, a file per domain; by default text that comoe ships.")
+    ] = None,
+    calibrate: Annotated[str, Option(envvar="COMOE_CALIBRATE", help="`text`, or `none` for no calibration.")] = "text",
+    calib_tokens: Annotated[int, Option(envvar="COMOE_CALIB_TOKENS", min=1024, help="Tokens to calibrate on.")] = 16384,
+    forms: Annotated[str, Option(envvar="COMOE_FORMS", help="Forms beside exact, by commas.")] = "merged,q4,q8",
+    self_contained: Annotated[bool, Option("--self-contained", help="Copy the exact experts into the pack.")] = False,
+    threads: Threads = None,
+    seed: Seed = 0,
+    json: Json = False,
+) -> None:
+    """Make a pack of a checkpoint: comoe pack ./Qwen3-30B-A3B -o qwen.comoe
+
+    Says first how long it will take. A killed run goes on where it stopped when the same command is given again; the
+    pack appears under its name once it is whole.
+    """
+    from comoe.make.pack import Recipe, pack, texts_of
+
+    quiet_transformers()
+    recipe = Recipe(
+        forms=tuple(form.strip() for form in forms.split(",") if form.strip()),
+        texts=texts_of(_texts(calib, calibrate)),
+        num_tokens=calib_tokens,
+        self_contained=self_contained,
+        seed=seed,
+        threads=threads,
+    )
+    with progress_bar() as progress:
+        report = pack(checkpoint, output, recipe, progress, say)
+    summary = {"pack": str(output), **asdict(report)}
+    if json:
+        print_json(summary)
+        return
+    rows = [(name, str(value) if "bytes" not in name else format_size(value)) for name, value in summary.items()]
+    print_pairs(rows)
+
+
+def _texts(calib: list[Path] | None, calibrate: str) -> list[Path]:
+    if calibrate not in ("text", "none"):
+        raise UsageError(f"--calibrate is text or none, not {calibrate!r}; files are given by --calib.")
+    if calibrate == "none":
+        if calib:
+            raise UsageError("--calibrate none reads no text: leave out --calib or --calibrate.")
+        return []
+    return calib or calibration_files()

@@ -1,0 +1,105 @@
+"""`comoe plan`: what a pack could do in a budget, before anything is loaded."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from time import perf_counter
+from typing import Annotated
+
+from typer import Option
+
+from comoe.cli.options import Context, Exact, ExpertMemory, Json, MaxLoss, Memory, PackPath, Source, Wish, wish
+from comoe.cli.terminal import print_json, print_table
+from comoe.device import process
+from comoe.device.costs import measured_costs
+from comoe.device.memory import memory_limit
+from comoe.plan.footprint import INTERPRETER_BYTES, Workload, beside_experts
+from comoe.plan.ladder import ladder_of
+from comoe.plan.planner import Plan, Planner, frontier
+from comoe.store.manifest import Manifest
+from comoe.store.pack import Pack
+from comoe.types import DoesNotFit
+from comoe.units import format_size, parse_budget, parse_link, parse_size
+
+DEFAULT_CONTEXT = 2048
+OFFERED_LOSS = 0.02
+"""The bound that is shown beside the exact plan where none was asked for."""
+
+
+def command(
+    pack: PackPath,
+    memory: Memory = None,
+    expert_memory: ExpertMemory = None,
+    max_loss: MaxLoss = None,
+    exact: Exact = False,
+    context: Context = None,
+    link: Annotated[
+        str | None,
+        Option(envvar="COMOE_LINK", metavar="RATE,RTT", help="Read experts over a link such as 40Mbit,20ms."),
+    ] = None,
+    source: Source = None,
+    json: Json = False,
+) -> None:
+    """Show what would run: comoe plan qwen.comoe --memory 4GiB --max-loss 2%
+
+    Plans from exact to small, with what they cost. Times are predicted from rates measured here and now. Exit code 3
+    where no plan within the bound fits, with the smallest memory that would do.
+    """
+    wished = wish(memory, expert_memory, max_loss, exact)
+    opened = Pack(pack, source=source)
+    planner = Planner(ladder_of(opened.manifest), measured_costs(opened, perf_counter))
+    if link is not None:
+        rate, latency = parse_link(link)
+        planner = replace(planner, costs=replace(planner.costs, read_bps=rate, read_latency_s=latency))
+    budget, beside = _expert_budget(wished, opened.manifest, context or DEFAULT_CONTEXT)
+    offered = wished.max_loss if exact or max_loss is not None else OFFERED_LOSS
+    plans = frontier(planner, budget, offered)
+    smallest = planner.smallest(wished.max_loss) + beside
+    fits = any(plan.loss.high <= wished.max_loss for plan in plans)
+    if json:
+        shown = [plan.document() for plan in plans]
+        print_json({"fits": fits, "smallest_memory": smallest, "beside_experts_bytes": beside, "plans": shown})
+    else:
+        show_plans(plans)
+    if not fits:
+        flag = "--expert-memory" if wished.expert_memory else "--memory"
+        bound = f"a loss of at most {wished.max_loss:.2%}" if wished.max_loss else "exact outputs"
+        raise DoesNotFit(f"{bound} needs at least {flag} {smallest} ({format_size(smallest)}).", smallest)
+
+
+def show_plans(plans: Sequence[Plan]) -> None:
+    """A table of plans, a line each."""
+    columns = ("plan", "wanted form", "floor", "expert memory", "ms/token", "loss", "start", "first reads")
+    print_table(columns, [_row(plan) for plan in plans])
+
+
+def _row(plan: Plan) -> list[str]:
+    low, high = plan.ms_per_token
+    loss = "exact" if plan.target == "exact" and plan.floor is None else f"{plan.loss.low:.2%} to {plan.loss.high:.2%}"
+    return [
+        plan.name,
+        plan.target,
+        plan.floor or "none",
+        format_size(plan.total_bytes),
+        f"{low:.1f} to {high:.1f}",
+        loss,
+        f"{plan.start_seconds:.1f} s",
+        format_size(plan.fetch_bytes),
+    ]
+
+
+def _expert_budget(wished: Wish, manifest: Manifest, context: int) -> tuple[int, int]:
+    """(bytes for experts, bytes that the process needs beside them)."""
+    if wished.expert_memory is not None:
+        return parse_budget(wished.expert_memory, manifest.expert_bytes_bf16), 0
+    beside = beside_experts(manifest, Workload(context, manifest.dtype), _interpreter_bytes())
+    whole = parse_size(wished.memory) if wished.memory is not None else memory_limit().nbytes
+    return whole - beside, beside
+
+
+def _interpreter_bytes() -> int:
+    """What Python takes with all that a run imports, where that is installed."""
+    try:
+        import comoe.runtime.load  # noqa: F401
+    except ModuleNotFoundError:
+        return INTERPRETER_BYTES
+    return process.resident_bytes()

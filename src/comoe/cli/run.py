@@ -1,0 +1,180 @@
+"""`comoe run`: text from a packed model inside a budget."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from typer import Option
+
+from comoe.cli.options import (
+    Context,
+    Dtype,
+    Exact,
+    ExpertMemory,
+    Json,
+    MaxLoss,
+    Memory,
+    PackPath,
+    Seed,
+    Source,
+    Threads,
+    Wish,
+    wish,
+)
+from comoe.cli.terminal import print_json, quiet_transformers, say
+from comoe.types import UsageError
+from comoe.units import format_size
+
+if TYPE_CHECKING:
+    from comoe.runtime.generate import Sampling
+
+INTERACTIVE_CONTEXT = 2048
+
+
+def command(
+    pack: PackPath,
+    prompt: Annotated[str | None, Option("--prompt", "-p", help="Text to go on from.")] = None,
+    prompt_file: Annotated[Path | None, Option(help="The same from a file; - is stdin.")] = None,
+    max_new_tokens: Annotated[int, Option("--max-new-tokens", "-n", help="Most tokens to generate.")] = 128,
+    ignore_eos: Annotated[bool, Option("--ignore-eos", help="Go on after the end of the text.")] = False,
+    temperature: Annotated[float, Option(help="Randomness; 0 always takes the likeliest token.")] = 0.0,
+    top_k: Annotated[int, Option(help="Choose among so many likeliest tokens; 0 among all.")] = 0,
+    top_p: Annotated[float, Option(help="Choose among the likeliest tokens of this probability together.")] = 1.0,
+    seed: Seed = 0,
+    stop: Annotated[list[str] | None, Option(help="Stop before this text; may be given several times.")] = None,
+    chat: Annotated[bool, Option("--chat", help="Frame the prompt by the model's chat template.")] = False,
+    memory: Memory = None,
+    expert_memory: ExpertMemory = None,
+    max_loss: MaxLoss = None,
+    exact: Exact = False,
+    context: Context = None,
+    dtype: Dtype = None,
+    threads: Threads = None,
+    source: Source = None,
+    edge: Annotated[list[str] | None, Option(help="URL of an edge node to read experts from.")] = None,
+    json: Json = False,
+) -> None:
+    """Generate text: comoe run qwen.comoe --memory 4GiB --prompt "Once upon a time"
+
+    Without a prompt it asks for one, again and again. Text goes to stdout as it comes, figures to stderr.
+    """
+    from comoe.runtime.generate import Sampling
+
+    sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed, tuple(stop or ()), ignore_eos)
+    session = Session(pack, wish(memory, expert_memory, max_loss, exact), sampling, chat=chat)
+    given = _given(prompt, prompt_file)
+    if given is None and json:
+        raise UsageError("--json needs a prompt: give --prompt or --prompt-file.")
+    session.load(given, context, dtype=dtype, threads=threads, source=source, edges=tuple(edge or ()))
+    with session.model.comoe:
+        for text in [given] if given is not None else _asked():
+            document = session.answer(text, show=not json)
+            if json:
+                print_json(document)
+
+
+class Session:
+    """A model that answers prompts."""
+
+    def __init__(self, pack: Path, wished: Wish, sampling: "Sampling", *, chat: bool) -> None:
+        from transformers import AutoTokenizer
+
+        from comoe.store.manifest import read_manifest
+
+        quiet_transformers()
+        read_manifest(pack)
+        self._pack, self._wished, self._sampling, self._chat = pack, wished, sampling, chat
+        self._tokenizer: Any = AutoTokenizer.from_pretrained(pack)
+        if chat and not self._tokenizer.chat_template:
+            raise UsageError(f"{pack}: the model has no chat template: leave out --chat.")
+        self._messages: list[dict[str, str]] = []
+        self.model: Any = None
+
+    def load(self, prompt: str | None, context: int | None, **options: Any) -> None:
+        """Load the model for one prompt, or for any up to `context`."""
+        from comoe.runtime.load import load
+
+        if context is None and prompt is not None:
+            context = self._num_tokens(prompt) + self._sampling.max_new_tokens
+        memory, expert_memory, max_loss = self._wished
+        self.model = load(
+            self._pack, memory, expert_memory, max_loss, context=context or INTERACTIVE_CONTEXT, **options
+        )
+
+    def answer(self, prompt: str, *, show: bool) -> dict[str, Any]:
+        """Generate, and say what it took; with `show` text goes to stdout as it comes."""
+        from comoe.device import process
+        from comoe.runtime.generate import generate, prompt_ids
+
+        framed = self._framed(prompt)
+        ids = prompt_ids(self._tokenizer, self.model.config, framed)
+        self.model.comoe.check_context(ids.shape[1] + self._sampling.max_new_tokens)
+        emit = (lambda text: print(text, end="", flush=True)) if show else (lambda text: None)
+        answer = generate(self.model, self._tokenizer, ids, self._sampling, emit)
+        if self._chat:
+            self._messages += [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer.text}]
+        stats = self.model.comoe.stats()
+        document = {
+            "text": answer.text,
+            "tokens": answer.tokens,
+            "prompt_tokens": answer.prompt_tokens,
+            "prefill_ms": answer.prefill_ms,
+            "ms_per_token": answer.ms_per_token,
+            "framework_ms_per_token": answer.framework_ms_per_token,
+            **{key: stats[key] for key in ("hit_rate", "floor_rate", "bytes_read")},
+            "expert_memory_bytes": stats["resident_bytes"],
+            "peak_bytes": process.peak_bytes(),
+            **{key: stats[key] for key in ("loss_ledger", "shares")},
+            "plan": self.model.comoe.plan.document(),
+        }
+        if show:
+            print()
+            say(_figures(document))
+        return document
+
+    def _num_tokens(self, prompt: str) -> int:
+        return len(self._tokenizer(self._framed(prompt)).input_ids) + 1
+
+    def _framed(self, prompt: str) -> str:
+        if not self._chat:
+            return prompt
+        messages = [*self._messages, {"role": "user", "content": prompt}]
+        framed: str = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return framed
+
+
+def _given(prompt: str | None, prompt_file: Path | None) -> str | None:
+    if prompt is not None and prompt_file is not None:
+        raise UsageError("give --prompt or --prompt-file, not both.")
+    if prompt_file is None:
+        return prompt
+    try:
+        return sys.stdin.read() if str(prompt_file) == "-" else prompt_file.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"the prompt cannot be read: {error}.") from error
+
+
+def _asked() -> Iterator[str]:
+    """Prompts typed, or piped, a line each, until the end of input."""
+    terminal = sys.stdin.isatty()
+    if terminal:
+        say("Type a prompt; Ctrl-D ends.")
+    while True:
+        try:
+            text = input("> " if terminal else "")
+        except EOFError:
+            return
+        if text.strip():
+            yield text
+
+
+def _figures(document: dict[str, Any]) -> str:
+    read = sum(document["bytes_read"].values())
+    return (
+        f"{document['tokens']} tokens, first after {document['prefill_ms']:.0f} ms, then "
+        f"{document['ms_per_token']:.1f} ms each ({document['framework_ms_per_token']:.1f} outside experts); "
+        f"{document['hit_rate']:.0%} of experts in memory, {format_size(read)} read; "
+        f"experts {format_size(document['expert_memory_bytes'])}, "
+        f"process {format_size(document['peak_bytes'])} at most; loss {document['loss_ledger']:.2%}."
+    )

@@ -1,0 +1,161 @@
+"""Text from a served model: sampling through transformers' own `generate`, text as it comes, and what it took."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, TextStreamer
+
+from comoe.types import UsageError
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the next token is chosen. Temperature 0 is greedy; `top_k` 0 and `top_p` 1 restrict nothing."""
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise UsageError("--max-new-tokens must be at least 1.")
+        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise UsageError("temperature and top-k must not be negative, top-p lies above 0 and up to 1.")
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What was generated, and the time it took; `token_ids` without the prompt's."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    prompt_tokens: int
+    prefill_ms: float
+    ms_per_token: float
+    framework_ms_per_token: float
+
+    @property
+    def tokens(self) -> int:
+        return len(self.token_ids)
+
+
+class Watch(TextStreamer):  # type: ignore[misc]
+    """Passes text on as it comes and notes when each token came, and how long experts took until then."""
+
+    def __init__(self, tokenizer: Any, emit: Callable[[str], None], expert_s: Callable[[], float]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._emit, self._expert_s = emit, expert_s
+        self._prompt_passed = False
+        self.ids: list[int] = []
+        self.times: list[float] = []
+        self.expert_times: list[float] = []
+
+    def put(self, value: Tensor) -> None:
+        if self._prompt_passed:
+            self.ids += value.flatten().tolist()
+            self.times.append(perf_counter())
+            self.expert_times.append(self._expert_s())
+        self._prompt_passed = True
+        super().put(value)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        if text:
+            self._emit(text)
+
+
+@dataclass(slots=True)
+class StopFilter:
+    """Holds back text that may turn out to be the beginning of a stop string, which is never shown."""
+
+    stop: tuple[str, ...]
+    emit: Callable[[str], None]
+    held: str = ""
+    stopped: bool = False
+    shown: list[str] = field(default_factory=list)
+
+    def __call__(self, text: str) -> None:
+        if self.stopped:
+            return
+        self.held += text
+        found = [at for stop in self.stop if (at := self.held.find(stop)) >= 0]
+        if found:
+            self.held, self.stopped = self.held[: min(found)], True
+            self.flush()
+            return
+        keep = max((n for stop in self.stop for n in range(1, len(stop)) if self.held.endswith(stop[:n])), default=0)
+        self._show(self.held[: len(self.held) - keep])
+        self.held = self.held[len(self.held) - keep :]
+
+    def flush(self) -> None:
+        self._show(self.held)
+        self.held = ""
+
+    def _show(self, text: str) -> None:
+        if text:
+            self.shown.append(text)
+            self.emit(text)
+
+
+def prompt_ids(tokenizer: Any, config: Any, prompt: str) -> Tensor:
+    """Token ids (1, T) of a prompt as the model's tokenizer frames it. Raises UsageError for an empty one."""
+    ids: list[int] = tokenizer(prompt).input_ids
+    if config.is_encoder_decoder and config.eos_token_id is not None and ids[-1:] != [config.eos_token_id]:
+        ids = [*ids, config.eos_token_id]
+    if not ids:
+        raise UsageError("the prompt is empty: give at least one word.")
+    return torch.tensor([ids])
+
+
+def generate(
+    model: Any, tokenizer: Any, ids: Tensor, sampling: Sampling, emit: Callable[[str], None] = lambda text: None
+) -> Answer:
+    """Generate after the prompt `ids` (1, T); `emit` gets text as soon as it is certain."""
+    model.comoe.begin_request()
+    torch.manual_seed(sampling.seed)
+    shown = StopFilter(sampling.stop, emit)
+    watch = Watch(tokenizer, shown, lambda: model.comoe.expert_s)
+    start_s = perf_counter()
+    with torch.inference_mode():
+        model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            generation_config=_config(model, sampling),
+            streamer=watch,
+            **({"tokenizer": tokenizer} if sampling.stop else {}),
+        )
+    shown.flush()
+    steps = max(len(watch.times) - 1, 1)
+    decode_s = watch.times[-1] - watch.times[0]
+    expert_s = watch.expert_times[-1] - watch.expert_times[0]
+    return Answer(
+        text="".join(shown.shown),
+        token_ids=tuple(watch.ids),
+        prompt_tokens=ids.shape[1],
+        prefill_ms=1e3 * (watch.times[0] - start_s),
+        ms_per_token=1e3 * decode_s / steps,
+        framework_ms_per_token=1e3 * (decode_s - expert_s) / steps,
+    )
+
+
+def _config(model: Any, sampling: Sampling) -> GenerationConfig:
+    """The model's own generation config, with what was asked for."""
+    own: dict[str, Any] = model.generation_config.to_dict()
+    chosen: dict[str, Any] = {"max_new_tokens": sampling.max_new_tokens, "do_sample": sampling.temperature > 0}
+    if sampling.temperature > 0:
+        chosen |= {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
+    else:
+        chosen |= {"temperature": None, "top_k": None, "top_p": None}
+    if sampling.stop:
+        chosen["stop_strings"] = list(sampling.stop)
+    if sampling.ignore_eos:
+        chosen["eos_token_id"] = None
+    own.pop("max_length", None)
+    return GenerationConfig(**own | chosen)
