@@ -40,8 +40,8 @@ def seconds_to_pack(layer: Layer, forms: Sequence[str], num_batches: int) -> flo
 
 def _quantise(site: Site, tensors: dict[str, Tensor], *, compensated: bool) -> None:
     for leaf in site.leaves:
-        group = group_size(leaf.cols)
-        if quantised(leaf) and group is not None:
+        group = group_size(leaf.cols) if quantised(leaf) else None
+        if group is not None:
             gram = torch.eye(leaf.cols) if compensated else None
             quantise(oriented(leaf, tensors[leaf.name]), group, gram)
 

@@ -34,13 +34,16 @@ def warm_up(model: Any, work: Workload) -> WarmUp:
     """Run the largest prefill, then a decode step, with `model`'s experts as they are attached."""
     process.reset_peak()
     ids = torch.full((1, max(work.context - 1, 1)), 1)
-    key = "decoder_input_ids" if model.config.is_encoder_decoder else "input_ids"
-    given = {key: ids} if key == "input_ids" else {"input_ids": ids, key: ids[:, :1]}
-    output = model(**given, use_cache=True, **_last_logits(model))
-    step = {key: ids[:, :1], "past_key_values": output.past_key_values, "use_cache": True}
-    if model.config.is_encoder_decoder:
-        step["encoder_outputs"] = (output.encoder_last_hidden_state,)
-    del output
+    step: dict[str, Any] = {"use_cache": True}
+    if model.config.is_encoder_decoder:  # as `generate` does: the encoder takes no `use_cache`
+        step |= {"encoder_outputs": model.get_encoder()(input_ids=ids), "decoder_input_ids": ids[:, :1]}
+        output = model(**step)
+    else:
+        step["input_ids"] = ids[:, :1]
+        output = model(input_ids=ids, use_cache=True, **_last_logits(model))
+    if (past := getattr(output, "past_key_values", None)) is not None:  # a model that labels tokens has none
+        step["past_key_values"] = past
+    del output, past
     seconds = [_timed(partial(model, **step)) for _ in range(3)]
     step.clear()
     peak = process.peak_bytes()
