@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from comoe.device import process
-from comoe.make.calibrate import LayerInputs, Text, cut, record, recorded
+from comoe.make.calibrate import LayerInputs, Text, check_calibratable, cut, record, recorded
 from comoe.make.certify import certify
 from comoe.make.dense import dense_entry
 from comoe.make.estimate import seconds_to_pack
@@ -50,7 +50,7 @@ from comoe.store.manifest import (
     encode,
 )
 from comoe.store.pack import Pack, header_hash
-from comoe.types import ComoeError, Progress, StorageFull, UsageError
+from comoe.types import CheckpointError, ComoeError, Progress, StorageFull, UsageError
 from comoe.units import format_seconds, format_size
 
 DEFAULT_FORMS = ("merged", "q4", "q8")
@@ -102,8 +102,10 @@ def pack(
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
     checkpoint = Checkpoint.open(source)
-    with _disk_errors(target):
-        packer = Packer(checkpoint, target, recipe, progress)
+    if recipe.texts:
+        check_calibratable(checkpoint)
+    packer = Packer(checkpoint, target, recipe, progress)
+    with _disk_errors(target), packer.removed_when_refused():
         manifest = packer.run(say)
     return Report(
         model_type=manifest.model_type,
@@ -152,6 +154,15 @@ class Packer:
         self._folder.replace(self._target)
         return manifest
 
+    @contextmanager
+    def removed_when_refused(self) -> Iterator[None]:
+        """What was made of a checkpoint that turned out to be damaged is of no use: nothing is left."""
+        try:
+            yield
+        except (CheckpointError, UsageError):
+            shutil.rmtree(self._folder, ignore_errors=True)
+            raise
+
     def estimate_bytes(self) -> int:
         """Bytes that the pack will take on disk, but for small files."""
         parts = {part for form in self._forms for part in FORM_PARTS[form]}
@@ -186,13 +197,21 @@ class Packer:
             path.unlink()
 
     def _check_space(self) -> None:
-        needed = self.estimate_bytes()
+        needed = self.estimate_bytes() + self._recording_bytes()
         parent = next(folder for folder in (self._folder, *self._folder.absolute().parents) if folder.exists())
         free = shutil.disk_usage(parent).free
         if needed > free:
             raise StorageFull(
                 f"the pack needs {format_size(needed)} in {parent}, {format_size(free)} are free: make room."
             )
+
+    def _recording_bytes(self) -> int:
+        """Bytes of what layers see of the calibration text, on disk until the pack is whole."""
+        if not self._recipe.texts:
+            return 0
+        widths = [next(leaf.cols for leaf in site.leaves if leaf.is_matrix) for site in self._checkpoint.sites]
+        per_token = sum(4 * width + 12 * self._checkpoint.experts_per_token for width in widths)
+        return self._recipe.num_tokens * per_token
 
     def _fingerprint(self) -> str:
         """Everything that the pack's bytes depend on."""
@@ -253,7 +272,7 @@ class Packer:
         return cut(evaluation.tokenizer, self._recipe.texts, evaluation.window_length, self._recipe.num_tokens)
 
     def _inputs(self, layer: int) -> LayerInputs:
-        return recorded(self._work / "inputs", layer, self._checkpoint.experts_per_token)
+        return recorded(self._work / "inputs", layer)
 
     def _layers(self, calibrated: bool) -> tuple[LayerEntry, ...]:
         entries = []
@@ -295,7 +314,7 @@ class Packer:
         )
 
     def _gate_quantiles(self) -> tuple[float, ...]:
-        gates: list[Tensor] = [self._inputs(layer).gate.flatten() for layer in range(len(self._checkpoint.sites))]
+        gates: list[Tensor] = [self._inputs(layer).gate.abs().flatten() for layer in range(len(self._checkpoint.sites))]
         return tuple(np.quantile(torch.cat(gates).numpy(), np.linspace(0, 1, 11)).tolist())
 
     def _certify(self) -> tuple[ChainStep, ...]:

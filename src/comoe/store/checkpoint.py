@@ -259,7 +259,8 @@ class Checkpoint:
         try:
             converted = converter.convert(full, model=self._model, config=self._model.config)
         except (ValueError, RuntimeError) as error:
-            raise WrongShape(f"{self.folder}: the tensors of {full}, expert {index}, do not fit together.") from error
+            message = f"{self.folder}: the tensors of {full}, expert {index}, have not the shapes of the config."
+            raise WrongShape(message) from error
         tensor = converted[full] if full in converted else _only(converted)
         kept: Tensor = tensor[0] if isinstance(tensor, list) or tensor.dim() > dims else tensor
         return kept

@@ -1,0 +1,342 @@
+"""The commands: what they answer, and that bad input gets one sentence, its exit code and nothing half-written."""
+
+import io
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import Result, calibration_text, call
+from safetensors.torch import load_file, save_file
+
+from comoe.store.blobfile import read_header
+from comoe.store.pack import Pack
+
+Comoe = Callable[..., Result]
+TOKENS = ("--calib-tokens", 4096)
+
+
+@pytest.fixture
+def comoe(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Comoe:
+    """Call the command line from an empty folder, without settings of the environment."""
+    monkeypatch.chdir(tmp_path)
+    return lambda *words: call(capsys, monkeypatch, *words)
+
+
+@pytest.fixture(scope="module")
+def packed(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from comoe.make.pack import Recipe, pack, texts_of
+
+    folder = tmp_path_factory.mktemp("cli")
+    shutil.copytree(tiny_checkpoint, folder / "source")
+    recipe = Recipe(texts=texts_of([calibration_text(folder)]), num_tokens=4096)
+    pack(folder / "source", folder / "tiny.comoe", recipe, lambda step, done: None)
+    return folder / "tiny.comoe"
+
+
+@pytest.fixture
+def copied(packed: Path, tmp_path: Path) -> Path:
+    """A pack of one's own, and its checkpoint beside it."""
+    shutil.copytree(packed.parent / "source", tmp_path / "source")
+    shutil.copytree(packed, tmp_path / "own.comoe")
+    manifest = json.loads((tmp_path / "own.comoe" / "comoe.json").read_bytes())
+    manifest["source"]["folder"] = str(tmp_path / "source")
+    (tmp_path / "own.comoe" / "comoe.json").write_text(json.dumps(manifest))
+    return tmp_path / "own.comoe"
+
+
+def document(result: Result) -> Any:
+    assert result.code == 0, result.err
+    return json.loads(result.out)
+
+
+# What the contract promises
+
+
+def test_pack_answers_with_the_keys_of_the_contract(comoe: Comoe, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    text = calibration_text(tmp_path)
+    got = document(comoe("pack", tiny_checkpoint, "-o", "p", "--calib", text, *TOKENS, "--json"))
+    assert got.keys() >= {
+        "pack", "model_type", "layers", "experts_per_layer", "expert_bytes_bf16", "pack_bytes", "forms", "seconds",
+        "peak_bytes",
+    }  # fmt: skip
+    assert (got["layers"], got["experts_per_layer"], got["model_type"]) == (2, 8, "qwen3_moe")
+    assert got["pack_bytes"] == sum(path.stat().st_size for path in Path("p").iterdir())
+
+
+def test_inspect_lists_forms_and_chain(comoe: Comoe, packed: Path) -> None:
+    got = document(comoe("inspect", packed, "--json"))
+    assert [form["name"] for form in got["forms"]] == ["merged", "q4", "q8", "exact"]
+    assert all(form.keys() == {"name", "bytes", "mean_error"} for form in got["forms"])
+    assert all(step.keys() >= {"step", "resident_bytes", "loss", "loss_worst_domain"} for step in got["chain"])
+    assert "q8" in comoe("inspect", packed).out
+
+
+def test_plan_prints_a_frontier_and_says_what_fits(comoe: Comoe, packed: Path) -> None:
+    got = document(comoe("plan", packed, "--expert-memory", "50%", "--max-loss", "50%", "--json"))
+    assert got["fits"]
+    assert got["smallest_memory"] > 0
+    for plan in got["plans"]:
+        assert plan.keys() >= {
+            "name", "floor", "floor_bytes", "refinement_bytes", "total_bytes", "ms_per_token", "loss", "start_seconds",
+            "fetch_bytes", "shares",
+        }  # fmt: skip
+        assert plan["total_bytes"] <= Pack(packed).manifest.expert_bytes_bf16 // 2
+        assert sum(plan["shares"].values()) == pytest.approx(1)
+
+
+def test_a_slower_link_makes_a_slower_plan(comoe: Comoe, packed: Path) -> None:
+    slow, fast = (
+        document(comoe("plan", packed, "--expert-memory", "20%", "--exact", "--link", link, "--json"))["plans"][0]
+        for link in ("1Mbit,50ms", "1Gbit,1ms")
+    )
+    assert slow["ms_per_token"][0] > 10 * fast["ms_per_token"][0]
+
+
+def test_run_answers_with_the_keys_of_the_contract(comoe: Comoe, packed: Path) -> None:
+    got = document(comoe("run", packed, "--expert-memory", "30%", "-p", "fox", "-n", 5, "--ignore-eos", "--json"))
+    assert got.keys() >= {
+        "text", "tokens", "prefill_ms", "ms_per_token", "framework_ms_per_token", "hit_rate", "floor_rate",
+        "bytes_read", "expert_memory_bytes", "peak_bytes", "loss_ledger", "shares", "plan",
+    }  # fmt: skip
+    assert got["tokens"] == 5
+    assert got["expert_memory_bytes"] <= 0.3 * Pack(packed).manifest.expert_bytes_bf16
+    assert got["bytes_read"]["flash"] > 0
+
+
+def test_run_streams_the_same_text_as_it_reports(comoe: Comoe, packed: Path) -> None:
+    words = ("run", packed, "--expert-memory", "30%", "-p", "fox", "-n", 12, "--temperature", 1, "--seed", 7)
+    streamed, reported = comoe(*words), document(comoe(*words, "--json"))
+    assert streamed.out == reported["text"] + "\n"
+    other = document(comoe(*words[:-1], 8, "--json"))
+    assert other["text"] != reported["text"]
+
+
+def test_a_stop_string_ends_the_text_before_it(comoe: Comoe, packed: Path) -> None:
+    words = ("run", packed, "--expert-memory", "50%", "-p", "fox", "-n", 12, "--ignore-eos", "--json")
+    text = document(comoe(*words))["text"]
+    stop = text[5]
+    assert document(comoe(*words, "--stop", stop))["text"] == text[: text.index(stop)]
+
+
+def test_prompts_come_from_a_file_or_a_line_each_from_stdin(
+    comoe: Comoe, packed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("run", packed, "--expert-memory", "50%", "-n", 4)
+    Path("prompt.txt").write_text("fox")
+    alone = comoe(*words, "--prompt-file", "prompt.txt").out
+    monkeypatch.setattr("sys.stdin", io.StringIO("fox\n\nfox\n"))
+    assert comoe(*words).out == 2 * alone
+    monkeypatch.setattr("sys.stdin", io.StringIO("fox"))
+    assert comoe(*words, "--prompt-file", "-").out == alone
+
+
+def test_verify_compares_promises_with_facts(comoe: Comoe, copied: Path, tmp_path: Path) -> None:
+    words = ("verify", copied, "--text", calibration_text(tmp_path), "--max-loss", "50%", "--json")
+    got = document(comoe(*words))
+    assert got["ok"]
+    assert got["exact"] == {"bit_equal": True, "allclose": True, "greedy_equal": True}
+    assert got["predicted"].keys() & got["measured"].keys() >= {"ms_per_token", "hit_rate", "loss"}
+    assert got["errors"] == []
+
+
+def test_doctor_measures_and_names_problems(comoe: Comoe) -> None:
+    got = document(comoe("doctor", "--json"))
+    assert got.keys() == {
+        "cpu", "threads", "kernel", "memory_limit", "memory_source", "memory_gbps", "disk_gbps", "direct_io", "cgroup",
+        "psi", "torch", "transformers", "problems",
+    }  # fmt: skip
+    assert got["memory_gbps"] > 0 < got["disk_gbps"]
+    assert list(Path().iterdir()) == []
+
+
+# Where a value comes from
+
+
+def test_a_flag_wins_over_the_environment_and_that_over_the_file(
+    comoe: Comoe, packed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def first_plan(*words: object) -> int:
+        return int(document(comoe("plan", packed, "--exact", "--json", *words))["plans"][0]["total_bytes"])
+
+    whole = Pack(packed).manifest.expert_bytes_bf16
+    Path("comoe.toml").write_text('[plan]\nexpert-memory = "40%"\n')
+    assert first_plan() == int(0.4 * whole)
+    monkeypatch.setenv("COMOE_EXPERT_MEMORY", "60%")
+    assert first_plan() == int(0.6 * whole)
+    assert first_plan("--expert-memory", "80%") == int(0.8 * whole)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('expert-memori = "30%"', "did you mean 'expert-memory'?"),
+        ('[run]\nmax-los = "1%"', "did you mean 'max-loss'?"),
+        ('[runn]\nmax-loss = "1%"', "did you mean 'run'?"),
+        ("max-loss = ", "is not TOML"),
+    ],
+)
+def test_an_unknown_key_of_the_settings_file_is_refused_with_the_nearest_known(
+    comoe: Comoe, packed: Path, text: str, said: str
+) -> None:
+    Path("comoe.toml").write_text(text)
+    result = comoe("inspect", packed)
+    assert (result.code, result.out) == (2, "")
+    assert said in result.sentence
+
+
+# Bad input
+
+
+def not_a_moe(source: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shutil.rmtree(source)
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=16, hidden_size=8, intermediate_size=8, **sizes)).save_pretrained(source)
+
+
+def missing_shard(source: Path) -> None:
+    (source / "model.safetensors").unlink()
+
+
+def truncated_shard(source: Path) -> None:
+    file = source / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def wrong_shape(source: Path) -> None:
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.0.mlp.experts.0.up_proj.weight"] = tensors["model.norm.weight"].clone()
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+
+
+def nan_weights(source: Path) -> None:
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] * float("nan")
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+
+
+def hostile_header(source: Path) -> None:
+    file = source / "model.safetensors"
+    file.write_bytes((1 << 62).to_bytes(8, "little") + file.read_bytes()[8:])
+
+
+def no_config(source: Path) -> None:
+    (source / "config.json").unlink()
+
+
+def config_that_is_not_json(source: Path) -> None:
+    (source / "config.json").write_text("{")
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (not_a_moe, "not a Mixture-of-Experts model"),
+        (missing_shard, "model.safetensors"),
+        (truncated_shard, "download it again"),
+        (wrong_shape, "shape"),
+        (nan_weights, "NaN"),
+        (hostile_header, "header"),
+        (no_config, "no config.json"),
+        (config_that_is_not_json, "config.json"),
+    ],
+)
+def test_a_broken_checkpoint_is_refused_in_a_sentence_and_nothing_is_left(
+    comoe: Comoe, tiny_checkpoint: Path, tmp_path: Path, damage: Callable[[Path], None], said: str
+) -> None:
+    shutil.copytree(tiny_checkpoint, tmp_path / "source")
+    damage(tmp_path / "source")
+    result = comoe("pack", "source", "-o", "p", "--calibrate", "none")
+    assert result.code == 1
+    assert said in result.sentence
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_checkpoint_changed_after_packing_is_noticed(comoe: Comoe, copied: Path) -> None:
+    file = copied.parent / "source" / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[20] ^= 1
+    file.write_bytes(data)
+    result = comoe("run", copied, "--expert-memory", "50%", "-p", "fox")
+    assert (result.code, result.out) == (1, "")
+    assert "is not the file that was packed" in result.sentence
+    file.unlink()
+    assert "--source" in comoe("run", copied, "--expert-memory", "50%", "-p", "fox").sentence
+
+
+def test_a_flipped_byte_stops_the_run_and_fails_verification(comoe: Comoe, copied: Path) -> None:
+    for file in copied.glob("0*-*.safetensors"):
+        header = read_header(file)
+        data = bytearray(file.read_bytes())
+        for row in range(header.rows):
+            data[header.offset(row) + header.nbytes - 1] ^= 1
+        file.write_bytes(data)
+    result = comoe("run", copied, "--expert-memory", "40%", "--max-loss", "50%", "-p", "fox")
+    assert result.code == 1
+    assert "has not the bytes that were packed" in result.sentence
+    checked = comoe("verify", copied, "--json")
+    assert checked.code == 4
+    assert not json.loads(checked.out)["ok"]
+    assert json.loads(checked.out)["errors"]
+
+
+def test_a_manifest_with_an_unknown_key_is_refused(comoe: Comoe, copied: Path) -> None:
+    manifest = json.loads((copied / "comoe.json").read_bytes())
+    (copied / "comoe.json").write_text(json.dumps(manifest | {"surprise": 1}))
+    result = comoe("inspect", copied)
+    assert result.code == 2
+    assert "surprise" in result.sentence
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (("run", "nowhere", "-p", "x"), 1, "is not a pack"),
+        (("run", "PACK", "-p", ""), 2, "the prompt is empty"),
+        (("run", "PACK", "-p", "x", "--prompt-file", "y"), 2, "not both"),
+        (("run", "PACK", "--prompt-file", "absent.txt"), 2, "cannot be read"),
+        (("run", "PACK", "-p", "x", "--memory", "4 apples"), 2, "is not a size"),
+        (("run", "PACK", "-p", "x", "--memory", "1GiB", "--expert-memory", "30%"), 2, "not both"),
+        (("run", "PACK", "-p", "x", "--exact", "--max-loss", "1%"), 2, "--exact"),
+        (("run", "PACK", "-p", "x", "--max-loss", "much"), 2, "is not a percentage"),
+        (("run", "PACK", "-p", "x", "--dtype", "int3"), 2, "float32, bfloat16, float16"),
+        (("run", "PACK", "-p", "x", "-n", "0"), 2, "--max-new-tokens"),
+        (("run", "PACK", "-p", "x", "--temperature", "-1"), 2, "negative"),
+        (("run", "PACK", "-p", "x", "--chat"), 2, "no chat template"),
+        (("run", "PACK", "-p", "x", "--edge", "http://127.0.0.1:1"), 5, "local disks only"),
+        (("run", "PACK", "--json"), 2, "needs a prompt"),
+        (("run", "PACK", "-p", "x", "--expert-memory", "1KiB"), 3, "at least"),
+        (("run", "PACK", "-p", "x", "--memory", "20MiB"), 3, "at least --memory"),
+        (("run", "PACK", "-p", "some words", "--context", "5"), 2, "raise --context"),
+        (("plan", "PACK", "--link", "fast"), 2, "is not a link"),
+        (("plan", "PACK", "--expert-memory", "1KiB"), 3, "at least --expert-memory"),
+        (("pack", "CHECKPOINT", "-o", "p", "--forms", "q5"), 2, "choose from"),
+        (("pack", "CHECKPOINT", "-o", "p", "--calib", "absent.txt"), 2, "cannot be read"),
+        (("pack", "CHECKPOINT", "-o", "p", "--calib", "short.txt"), 2, "shorter than"),
+        (("pack", "CHECKPOINT", "-o", "p", "--calibrate", "maybe"), 2, "text or none"),
+        (("pack", "./absent", "-o", "p"), 2, "is not a folder"),
+        (("bench", "nothing"), 2, "choose from"),
+    ],
+)
+def test_what_cannot_work_is_said_in_one_sentence(
+    comoe: Comoe, packed: Path, tiny_checkpoint: Path, words: tuple[str, ...], code: int, said: str
+) -> None:
+    Path("short.txt").write_text("too short")
+    places = {"PACK": packed, "CHECKPOINT": tiny_checkpoint}
+    result = comoe(*(places.get(word, word) for word in words))
+    assert (result.code, result.out) == (code, "" if words[0] != "plan" else result.out)
+    assert said in result.sentence
+    assert "Traceback" not in result.err
+    assert not Path("p").exists() and not Path("p.partial").exists()
+
+
+def test_the_smallest_budget_that_is_named_does_work(comoe: Comoe, packed: Path) -> None:
+    words = ("run", packed, "-p", "x", "-n", 2)
+    refused = comoe(*words, "--expert-memory", "1KiB")
+    smallest = int(next(word for word in refused.sentence.split() if word.isdigit()))
+    assert comoe(*words, "--expert-memory", smallest).code == 0
+    assert comoe(*words, "--expert-memory", smallest - 1).code == 3

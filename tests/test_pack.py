@@ -1,0 +1,182 @@
+"""`comoe pack`: the same input gives the same bytes, a killed run goes on, a refused one leaves nothing behind."""
+
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from commands import calibration_text, spawn
+from safetensors.torch import load_file, save_file
+
+from comoe.make.pack import Recipe, pack, texts_of
+from comoe.store.pack import Pack
+from comoe.types import MissingShard, NotFinite, StorageFull, TruncatedShard, UsageError
+
+TOKENS = 4096
+QUIET = lambda step, done: None  # noqa: E731
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return calibration_text(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture(scope="module")
+def packed(tiny_checkpoint: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("packs") / "tiny.comoe"
+    pack(tiny_checkpoint, target, Recipe(texts=texts_of([text]), num_tokens=TOKENS), QUIET)
+    return target
+
+
+def test_the_same_input_gives_the_same_bytes(packed: Path, tiny_checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    again = tmp_path / "again.comoe"
+    pack(tiny_checkpoint, again, Recipe(texts=texts_of([text]), num_tokens=TOKENS), QUIET)
+    assert files_of(again) == files_of(packed)
+
+
+def test_every_form_is_certified_and_finer_ones_lose_less(packed: Path) -> None:
+    manifest = Pack(packed).manifest
+    assert [step.form for step in manifest.chain] == ["merged", "q4", "q8", "exact"]
+    errors = [sum(layer.errors[form] for layer in manifest.layers) for form in ("merged", "q4", "q8")]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] > 0
+    assert manifest.chain[-1].loss == 0
+
+
+def test_without_calibration_there_is_no_merged_form_and_no_certificate(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    report = pack(tiny_checkpoint, tmp_path / "plain", Recipe(), QUIET)
+    manifest = Pack(tmp_path / "plain").manifest
+    assert report.forms == manifest.forms == ("q4", "q8", "exact")
+    assert manifest.chain == ()
+    assert manifest.provenance.calibration == "none"
+
+
+def test_exact_experts_stay_in_the_checkpoint_unless_the_pack_is_self_contained(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    by_reference = pack(tiny_checkpoint, tmp_path / "reference", Recipe(forms=("q4",)), QUIET)
+    copied = pack(tiny_checkpoint, tmp_path / "copy", Recipe(forms=("q4",), self_contained=True), QUIET)
+    assert copied.pack_bytes > by_reference.pack_bytes + by_reference.expert_bytes_bf16 * 0.9
+    shutil.copytree(tmp_path / "copy", tmp_path / "moved")
+    assert Pack(tmp_path / "moved").checkpoint is None
+
+
+def test_the_estimate_comes_first(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    told: list[str] = []
+    report = pack(
+        tiny_checkpoint, tmp_path / "p", Recipe(), lambda step, done: told.append(step), lambda text: told.append(text)
+    )
+    first = next(at for at, text in enumerate(told) if "takes about" in text)
+    assert not any(step.startswith("layer") for step in told[:first])
+    assert report.estimated_seconds > 0
+
+
+def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
+    packed: Path, tiny_checkpoint: Path, text: Path, tmp_path: Path
+) -> None:
+    target = tmp_path / "killed.comoe"
+    words = ("pack", tiny_checkpoint, "-o", target, "--calib", text, "--calib-tokens", TOKENS)
+    process = spawn(*words)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "layer 2" in line:
+            process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not target.exists()
+    done = sorted((tmp_path / "killed.comoe.partial" / "work").glob("*.json"))
+    assert [path.name for path in done] == ["000.json"]
+    told: list[str] = []
+    pack(tiny_checkpoint, target, Recipe(texts=texts_of([text]), num_tokens=TOKENS), lambda s, d: told.append(s))
+    assert "calibration" not in told
+    assert files_of(target) == files_of(packed)
+    assert not (tmp_path / "killed.comoe.partial").exists()
+
+
+def test_another_input_does_not_go_on_with_what_is_there(tiny_checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    target = tmp_path / "p"
+    stale = tmp_path / "p.partial" / "work"
+    stale.mkdir(parents=True)
+    (stale / "input").write_text("something else")
+    (stale / "000.json").write_text("{}")
+    pack(tiny_checkpoint, target, Recipe(), QUIET)
+    assert not (target / "work").exists()
+
+
+def damaged(checkpoint: Path, folder: Path) -> Path:
+    shutil.copytree(checkpoint, folder)
+    return folder / "model.safetensors"
+
+
+def test_weights_that_are_not_finite_are_refused_and_nothing_is_left(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    file = damaged(tiny_checkpoint, tmp_path / "nan")
+    tensors = load_file(file)
+    name = "model.layers.1.mlp.experts.3.down_proj.weight"
+    tensors[name] = tensors[name].clone()
+    tensors[name][0, 0] = torch.nan
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(NotFinite, match=r"expert 3, down_proj holds NaN"):
+        pack(tmp_path / "nan", tmp_path / "p", Recipe(), QUIET)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["nan"]
+
+
+@pytest.mark.parametrize(("cut", "error"), [(100, TruncatedShard), (None, MissingShard)])
+def test_a_damaged_checkpoint_is_refused_before_anything_is_written(
+    tiny_checkpoint: Path, tmp_path: Path, cut: int | None, error: type[Exception]
+) -> None:
+    file = damaged(tiny_checkpoint, tmp_path / "source")
+    data = file.read_bytes()
+    file.unlink()
+    if cut is not None:
+        file.write_bytes(data[:-cut])
+    with pytest.raises(error):
+        pack(tmp_path / "source", tmp_path / "p", Recipe(), QUIET)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+def test_a_pack_of_that_name_is_not_overwritten(packed: Path, tiny_checkpoint: Path) -> None:
+    before = files_of(packed)
+    with pytest.raises(UsageError, match="exists"):
+        pack(tiny_checkpoint, packed, Recipe(), QUIET)
+    assert files_of(packed) == before
+
+
+def test_too_little_room_is_said_before_the_work(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(StorageFull, match="make room"):
+        pack(tiny_checkpoint, tmp_path / "p", Recipe(), QUIET)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 256 KiB: the pack of the tiny checkpoint needs more."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", folder], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("needs to mount a small file system")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_disk_that_fills_up_is_named_and_the_run_goes_on_once_there_is_room(
+    tiny_checkpoint: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = shutil.disk_usage(small_disk)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: real._replace(free=1 << 40))
+    with pytest.raises(StorageFull, match="Make room and run the same command"):
+        pack(tiny_checkpoint, small_disk / "p", Recipe(self_contained=True), QUIET)
+    assert not (small_disk / "p").exists()
+    subprocess.run(["mount", "-o", "remount,size=8m", small_disk], check=True)
+    pack(tiny_checkpoint, small_disk / "p", Recipe(self_contained=True), QUIET)
+    assert [path.name for path in small_disk.iterdir()] == ["p"]
