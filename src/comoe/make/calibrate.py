@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import AutoTokenizer, GenerationMixin
 
 from comoe.make.protocol import Evaluation
-from comoe.make.text import windows
+from comoe.make.text import token_ids, windows
 from comoe.runtime.hook import attach, expert_forward
-from comoe.store.checkpoint import Checkpoint
+from comoe.store.checkpoint import Checkpoint, model_class
 from comoe.types import UsageError
 
 
@@ -29,7 +30,10 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class LayerInputs:
-    """What one layer's experts saw: `x` (N, H) float32, `index` and `gate` (N, K). No expert: index >= num_experts."""
+    """What one layer's experts saw: `x` (N, H) float32, `index` and `gate` (N, K). No expert: index >= num_experts.
+
+    N is 0 where text never comes by, as at experts for images.
+    """
 
     x: Tensor
     index: Tensor
@@ -46,10 +50,10 @@ class LayerInputs:
         return (torch.bincount(used, minlength=num_experts) / max(len(used), 1)).tolist()
 
     def mass(self, num_experts: int) -> list[float]:
-        """Share of all gates by expert."""
+        """Share of all gates by expert; some families have negative ones, whose size counts."""
         kept = self.index < num_experts
         total = torch.zeros(num_experts, dtype=torch.float64)
-        total.index_add_(0, self.index[kept], self.gate[kept].double())
+        total.index_add_(0, self.index[kept], self.gate[kept].abs().double())
         return (total / total.sum().clamp(min=1e-12)).tolist()
 
 
@@ -63,6 +67,7 @@ class Recorder:
         for name, tensor in (("x", x.float()), ("index", index), ("gate", weight.float())):
             with (self._folder / f"{self._layer:03}.{name}").open("ab") as file:
                 file.write(tensor.contiguous().numpy().tobytes())
+        (self._folder / f"{self._layer:03}.widths").write_text(f"{x.shape[1]} {index.shape[1]}")
         out = torch.zeros_like(x)
         num_experts = self._checkpoint.sites[self._layer].num_experts
         for expert in torch.unique(index).tolist():
@@ -72,6 +77,21 @@ class Recorder:
                 y = expert_forward(module, x[tokens], tensors) * weight[tokens, positions, None]
                 out.index_add_(0, tokens, y.to(out.dtype))
         return out
+
+
+def check_calibratable(checkpoint: Checkpoint) -> None:
+    """Raise UsageError where text cannot be scored: a model that does not go on with text, or no tokenizer."""
+    remedy = "pack it without calibration (--calibrate none)"
+    if not issubclass(model_class(checkpoint.config), GenerationMixin):
+        raise UsageError(f"{checkpoint.model_type} does not generate text token by token: {remedy}.")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
+        ids = token_ids(tokenizer, "text")
+        readable = bool(ids) and tokenizer.unk_token_id not in ids
+    except (OSError, ValueError):
+        readable = False
+    if not readable:  # without its files, some families get a tokenizer that knows no word
+        raise UsageError(f"{checkpoint.folder} holds no tokenizer that can be read: add it, or {remedy}.")
 
 
 @torch.no_grad()
@@ -91,16 +111,18 @@ def record(
         yield done
 
 
-def recorded(folder: Path, layer: int, experts_per_token: int) -> LayerInputs:
-    """What `record` kept of one layer."""
+def recorded(folder: Path, layer: int) -> LayerInputs:
+    """What `record` kept of one layer: nothing where its experts were never asked."""
+    widths = folder / f"{layer:03}.widths"
+    if not widths.exists():
+        return LayerInputs(torch.empty(0, 0), torch.empty(0, 1, dtype=torch.int64), torch.empty(0, 1))
+    hidden, experts_per_token = map(int, widths.read_text().split())
+    x, gate = (np.fromfile(folder / f"{layer:03}.{name}", np.float32) for name in ("x", "gate"))
     index = np.fromfile(folder / f"{layer:03}.index", np.int64)
-    gate = np.fromfile(folder / f"{layer:03}.gate", np.float32)
-    num_tokens = len(index) // experts_per_token
-    x = np.fromfile(folder / f"{layer:03}.x", np.float32)
     return LayerInputs(
-        torch.from_numpy(x).view(num_tokens, -1),
-        torch.from_numpy(index).view(num_tokens, -1),
-        torch.from_numpy(gate).view(num_tokens, -1),
+        torch.from_numpy(x).view(-1, hidden),
+        torch.from_numpy(index).view(-1, experts_per_token),
+        torch.from_numpy(gate).view(-1, experts_per_token),
     )
 
 

@@ -73,7 +73,7 @@ def build(layer: Layer, forms: Sequence[str], *, self_contained: bool) -> LayerE
         leaves=tuple(LeafEntry(leaf.name, leaf.shape, leaf.transposed) for leaf in site.leaves),
         parts=parts,
         clusters=tuple(grouped),
-        errors={form: _mean_error(pairs) for form, pairs in errors.items()},
+        errors={form: _mean_error(pairs) for form, pairs in errors.items() if pairs},
         frequency=tuple(inputs.frequency(site.num_experts)) if inputs else (),
         mass=tuple(inputs.mass(site.num_experts)) if inputs else (),
     )
@@ -207,10 +207,17 @@ def _hidden(layer: Layer, x: Tensor, tensors: dict[str, Tensor], down: Leaf) -> 
 def _grouping(layer: Layer) -> list[int]:
     """Clusters of a layer's experts by their outputs on the same few inputs."""
     assert layer.inputs is not None
-    step = max(1, len(layer.inputs.x) // PROBE_TOKENS)
-    probe = layer.inputs.x[::step][:PROBE_TOKENS]
+    probe = _probe(layer, layer.inputs.x)
     outputs = [_run_exact(layer, probe, layer.checkpoint.expert(layer.index, e)) for e in range(layer.site.num_experts)]
     return clusters(output_distances(torch.stack(outputs)), max(1, layer.site.num_experts // EXPERTS_PER_CLUSTER))
+
+
+def _probe(layer: Layer, seen: Tensor) -> Tensor:
+    """Inputs to compare experts on: some of those that they saw, noise where they saw none."""
+    if len(seen):
+        return seen[:: max(1, len(seen) // PROBE_TOKENS)][:PROBE_TOKENS]
+    width = next(leaf.cols for leaf in layer.site.leaves if leaf.is_matrix)
+    return torch.randn(PROBE_TOKENS, width, generator=torch.Generator().manual_seed(0))
 
 
 def _merged(layer: Layer, grouped: Sequence[int], errors: dict[str, list[float]]) -> PartEntry:

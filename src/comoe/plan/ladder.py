@@ -103,12 +103,18 @@ def ladder_of(manifest: Manifest) -> Ladder:
         exact = form == "exact"
         loss = 0.0 if exact else step.loss if step else None
         interval = Band(*step.loss_ci95) if step and not exact else Band(0.0, 0.0)
-        measured = exact or any(form in layer.errors for layer in manifest.layers)
-        errors = tuple(layer.errors.get(form, 0.0) for layer in manifest.layers) if measured else ()
         parts = {part: held_bytes(manifest, part) for part in FORM_PARTS[form]}
-        rungs.append(Rung(form, parts, loss, interval, errors))
+        rungs.append(Rung(form, parts, loss, interval, _errors(manifest, form)))
     use = tuple(_use(layer.frequency, layer.num_experts, manifest.experts_per_token) for layer in manifest.layers)
     return Ladder(tuple(rungs), use, manifest.gate_quantiles, manifest.expert_bytes_bf16)
+
+
+def _errors(manifest: Manifest, form: str) -> tuple[float, ...]:
+    """Error of `form` by layer, empty where nothing was measured. A layer that no text reached is taken as the mean."""
+    measured = [layer.errors[form] for layer in manifest.layers if form in layer.errors]
+    if form == "exact":
+        return (0.0,) * len(manifest.layers)
+    return tuple(layer.errors.get(form, sum(measured) / len(measured)) for layer in manifest.layers if measured)
 
 
 def held_bytes(manifest: Manifest, part: str) -> int:

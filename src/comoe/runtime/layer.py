@@ -25,7 +25,10 @@ DECODE_TOKENS = 8
 
 
 class Use(NamedTuple):
-    """An expert's work in one chunk: rows of the chunk, their positions in the top-k, and the sum of their gates."""
+    """An expert's work in one chunk: rows of the chunk, their positions in the top-k, and the sum of their gates.
+
+    A gate counts by its size: some families have negative ones.
+    """
 
     expert: int
     tokens: Tensor
@@ -100,7 +103,7 @@ class ServedLayer:
         for expert in torch.unique(index).tolist():
             if expert < self._num_experts:
                 positions, tokens = torch.where(by_position == expert)
-                yield Use(expert, tokens, positions, float(weight[tokens, positions].sum()))
+                yield Use(expert, tokens, positions, float(weight[tokens, positions].abs().sum()))
 
     def _choose(self, use: Use, *, decode: bool) -> str:
         """The miss rule: the wanted form if it is there or worth waiting for, else the floor."""
