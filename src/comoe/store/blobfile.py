@@ -14,6 +14,7 @@ from typing import Any
 from blake3 import blake3
 
 from comoe.store.layout import PAGE, Layout, align
+from comoe.store.untrusted import parse_json
 from comoe.types import HostileFile, PackError
 
 TENSOR = "blobs"
@@ -73,16 +74,18 @@ def name_hash(hashes: Iterable[str]) -> str:
 
 
 def read_header(path: Path) -> BlobFile:
-    """The header of a blob file. Raises HostileFile where it breaks the format, PackError where it is not there."""
+    """The header of a blob file. Raises HostileFile where it breaks the format, PackError where it cannot be read."""
+    if not path.is_file():
+        raise PackError(f"{path} is missing: the pack is incomplete; pack again.")
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             size = os.fstat(file.fileno()).st_size
             if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
                 raise HostileFile(f"{path}: a header of {length} bytes in a file of {size}: pack again.")
-            document = json.loads(file.read(length))
-    except FileNotFoundError as error:
-        raise PackError(f"{path} is missing: the pack is incomplete; pack again.") from error
+            document = parse_json(file.read(length))
+    except OSError as error:
+        raise PackError(f"{path} cannot be read: {error.strerror}.") from error
     except ValueError as error:
         raise HostileFile(f"{path}: the header is not JSON: {error}.") from error
     try:
@@ -106,12 +109,12 @@ def _header(rows: int, layout: Layout, hashes: list[str]) -> bytes:
 
 
 def _parse(path: Path, document: Any, data_start: int, size: int) -> BlobFile:
-    if set(document) != {"__metadata__", TENSOR}:
-        raise ValueError("it must hold one tensor, blobs")
-    tensor = document[TENSOR]
+    tensor, metadata = document[TENSOR], document["__metadata__"]
+    keys = (document.keys(), tensor.keys(), metadata.keys())
+    if keys != ({"__metadata__", TENSOR}, {"dtype", "shape", "data_offsets"}, {"nbytes", "hashes"}):
+        raise ValueError("it must hold one tensor, blobs, and nothing else")
     rows, stride = tensor["shape"]
-    nbytes = int(document["__metadata__"]["nbytes"])
-    text = document["__metadata__"]["hashes"]
+    nbytes, text = _number(metadata["nbytes"]), metadata["hashes"]
     if tensor["dtype"] != "U8" or type(rows) is not int or type(stride) is not int:
         raise ValueError("blobs must be U8 of shape (rows, stride)")
     if not (rows > 0 and 0 < nbytes <= stride and tensor["data_offsets"] == [0, rows * stride]):
@@ -124,3 +127,11 @@ def _parse(path: Path, document: Any, data_start: int, size: int) -> BlobFile:
     if not path.stem.endswith(f"-{name_hash(hashes)}"):
         raise ValueError("the name is not the hash of its rows")
     return BlobFile(path, rows, stride, nbytes, data_start, hashes)
+
+
+def _number(text: str) -> int:
+    """The number that `str` writes as `text`."""
+    number = int(text)
+    if str(number) != text:
+        raise ValueError(f"{text!r} is not a number")
+    return number

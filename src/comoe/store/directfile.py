@@ -22,6 +22,7 @@ class DirectFile:
         self.path = path
         self.direct = True
         self._bounce: mmap.mmap | None = None
+        self._fd = -1
         try:
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_DIRECT", 0))
             self.direct = hasattr(os, "O_DIRECT")
@@ -41,7 +42,6 @@ class DirectFile:
                 self._read_bounced(offset, into[:nbytes])
         except OSError as error:
             if self.direct and error.errno == errno.EINVAL:
-                os.close(self._fd)
                 self._fall_back()
                 return self.read(offset, into, nbytes)
             raise PackError(f"cannot read {self.path} at {offset}: {error.strerror}.") from error
@@ -53,7 +53,11 @@ class DirectFile:
 
     def _fall_back(self) -> None:
         self.direct = False
-        self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        self.close()
+        try:
+            self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise PackError(f"cannot read {self.path}: {error.strerror}.") from error
 
     def _read_into(self, offset: int, into: memoryview, needed: int) -> None:
         """Read `into` whole, or at least its first `needed` bytes where the file ends inside the last page."""

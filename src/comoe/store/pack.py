@@ -4,16 +4,15 @@ Bytes are hashed once, at first use. What a pack says of itself is `store.manife
 is `memory`.
 """
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from blake3 import blake3
 
-from comoe.store.blobfile import BlobFile, read_header
+from comoe.store.blobfile import MAX_HEADER_BYTES, BlobFile, read_header
 from comoe.store.directfile import DirectFile
 from comoe.store.manifest import Manifest, PartEntry, SourceEntry, read_manifest
-from comoe.types import BlobId, CorruptBlob, Extent, HostileFile, SourceChanged, SourceMissing
+from comoe.types import BlobId, CorruptBlob, Extent, HostileFile, PackError, SourceChanged, SourceMissing
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +37,7 @@ class Pack:
         self.manifest: Manifest = read_manifest(folder)
         self.checkpoint = source or _source_folder(folder, self.manifest)
         self._headers = _headers(folder, self.manifest)
-        if self.checkpoint is not None and self.manifest.source is not None:
-            check_source(self.checkpoint, self.manifest.source)
+        self._check_source()
         self._files: dict[str, DirectFile] = {}
         self._verified: set[BlobId] = set()
 
@@ -49,9 +47,13 @@ class Pack:
     def read(self, blob: BlobId, into: memoryview) -> None:
         pieces = self.pieces(blob)
         at = 0
-        for extent in pieces.extents:
-            self._file(extent.file).read(extent.offset, into[at:], extent.length)
-            at += extent.length
+        try:
+            for extent in pieces.extents:
+                self._file(extent.file).read(extent.offset, into[at:], extent.length)
+                at += extent.length
+        except PackError:
+            self._check_source()
+            raise
         if blob not in self._verified:
             if blake3(into[:at]).hexdigest() != pieces.digest:
                 raise CorruptBlob(f"{self._where(blob)} has not the bytes that were packed; {self._remedy(blob)}")
@@ -97,7 +99,16 @@ class Pack:
         self._files.clear()
 
     def _part(self, blob: BlobId) -> PartEntry:
-        return self.manifest.layers[blob.layer].parts[blob.part]
+        layers = self.manifest.layers
+        part = layers[blob.layer].parts.get(blob.part) if 0 <= blob.layer < len(layers) else None
+        if part is None or not 0 <= blob.row < part.rows:
+            raise KeyError(blob)
+        return part
+
+    def _check_source(self) -> None:
+        """Raises SourceMissing or SourceChanged where the checkpoint is not as it was packed."""
+        if self.checkpoint is not None and self.manifest.source is not None:
+            check_source(self.checkpoint, self.manifest.source)
 
     def _file(self, path: str) -> DirectFile:
         if path not in self._files:
@@ -120,14 +131,16 @@ def check_source(folder: Path, source: SourceEntry) -> None:
     """
     for entry in source.files:
         path = folder / entry.name
-        try:
-            size = path.stat().st_size
-        except OSError as error:
+        if not path.is_file():
             raise SourceMissing(
                 f"the pack refers to {path}, which is not there: give its new place with --source, or pack again "
                 "with --self-contained."
-            ) from error
-        if size != entry.size or header_hash(path) != entry.header:
+            )
+        try:
+            same = path.stat().st_size == entry.size and header_hash(path) == entry.header
+        except OSError as error:
+            raise SourceMissing(f"the pack refers to {path}, which cannot be read: {error.strerror}.") from error
+        if not same:
             raise SourceChanged(f"{path} is not the file that was packed: restore it or pack again.")
 
 
@@ -135,8 +148,7 @@ def header_hash(path: Path) -> str:
     """BLAKE3 of a safetensors file's length field and header."""
     with path.open("rb") as file:
         prefix = file.read(8)
-        length = min(int.from_bytes(prefix, "little"), os.fstat(file.fileno()).st_size)
-        return blake3(prefix + file.read(length)).hexdigest()
+        return blake3(prefix + file.read(min(int.from_bytes(prefix, "little"), MAX_HEADER_BYTES))).hexdigest()
 
 
 def _source_folder(folder: Path, manifest: Manifest) -> Path | None:
