@@ -4,7 +4,7 @@
 #   make test     run the tests               (ARGS="-k planner" is passed on to pytest)
 #   make check    ruff and mypy
 #   make bench    list the benchmarks
-#   make docs     write docs/cli.md again
+#   make docs     write the generated pages of docs/ again
 #   make clean    remove what was built; .venv stays, but is installed into again
 #
 # PYTHON=python3.12 names the interpreter of a new .venv; otherwise the first of CANDIDATES that is 3.11 or newer.
@@ -38,9 +38,14 @@ bench: $(STAMP)
 	@echo "Run one with '$(BIN)/comoe bench NAME', faster and coarser with --quick. Figures that need no model:"
 	@for script in benchmarks/*.py; do echo "  $(BIN)/python $$script"; done
 
-docs: $(STAMP)
-	$(BIN)/python docs/build_cli.py > docs/cli.md.partial
-	mv docs/cli.md.partial docs/cli.md
+PAGES := docs/cli.md docs/modules.md docs/schema.json
+
+docs: $(STAMP) $(PAGES)
+
+$(PAGES): FORCE
+	$(BIN)/python docs/build_$(basename $(@F)).py > $@.partial && mv $@.partial $@
+
+FORCE:
 
 clean:
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis $(STAMP)

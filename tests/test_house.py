@@ -28,6 +28,7 @@ FLOORS = {
     **dict.fromkeys(("make", "serve", "sim"), 6),
     **dict.fromkeys(("testbed", "bench"), 7),
     "cli": 8,
+    "__main__": 9,
 }
 """A file imports from lower floors, or from its own folder. The package itself stands below all: see `imports`."""
 

@@ -84,6 +84,20 @@ def commands() -> list[str]:
     return list(answer(code, "[name for name, command in found if not command.hidden]"))
 
 
+ONCE = {"prompt", "prompt_file", "stop", "output", "calib", "folder", "text", "keep", "out", "version", "help"}
+"""Options of one call: nobody wants them for every call."""
+
+
+def test_every_lasting_option_has_its_twin_in_the_environment() -> None:
+    code = (
+        "from comoe.cli import app\nfrom typer.main import get_command\ncommands = get_command(app).commands.values()"
+    )
+    options = "{p.name: p.envvar for command in commands for p in command.params if p.param_type_name == 'option'}"
+    twins = {name: variable for name, variable in answer(code, options).items() if name not in ONCE}
+    assert "expert_memory" in twins
+    assert twins == {name: f"COMOE_{name.upper()}" for name in twins}
+
+
 def test_every_command_is_in_the_readme() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     listed = commands()
@@ -91,10 +105,14 @@ def test_every_command_is_in_the_readme() -> None:
     assert [name for name in listed if not re.search(rf"\bcomoe {name}\b", readme)] == []
 
 
-def test_the_command_reference_is_the_commands_own_help() -> None:
+PAGES = {"cli.md": "build_cli.py", "schema.json": "build_schema.py", "modules.md": "build_modules.py"}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_generated_page_says_what_the_code_says(page: str) -> None:
     code = "import runpy, sys; runpy.run_path(sys.argv[1], run_name='__main__')"
-    generated = run_python(code, str(ROOT / "docs" / "build_cli.py"))
-    assert (ROOT / "docs" / "cli.md").read_text(encoding="utf-8") == generated, "make docs writes it again"
+    generated = run_python(code, str(ROOT / "docs" / PAGES[page]))
+    assert (ROOT / "docs" / page).read_text(encoding="utf-8") == generated, "make docs writes it again"
 
 
 SKIPPING = """

@@ -27,7 +27,7 @@ RUN_PACKAGES = {"torch", "transformers", "safetensors", "scipy"}
 app = typer.Typer(
     name="comoe",
     help="Run Mixture-of-Experts models that do not fit, inside whatever memory there is.\n\n"
-    "comoe pack CHECKPOINT -o PACK, then comoe run PACK --memory 4GiB --prompt 'Once upon a time'",
+    "\b\ncomoe demo\ncomoe pack ./Qwen3-30B-A3B -o qwen.comoe\ncomoe run qwen.comoe --memory 4GiB --prompt 'Once upon'",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

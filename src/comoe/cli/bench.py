@@ -7,7 +7,7 @@ from typing import Annotated
 from typer import Argument, Option
 
 from comoe.cli.options import Json
-from comoe.cli.terminal import print_json, progress_bar, quiet_transformers
+from comoe.cli.terminal import print_json, progress_bar
 from comoe.types import UsageError
 
 BENCHMARKS = ("quality",)
@@ -18,14 +18,19 @@ def command(
     models: Annotated[
         Path | None, Option(envvar="COMOE_MODELS", help="Folder of models; by default COMOE_SHARED/models.")
     ] = None,
-    quick: Annotated[bool, Option("--quick", help="A coarse run of about a minute.")] = False,
+    quick: Annotated[bool, Option("--quick", envvar="COMOE_QUICK", help="A coarse run of about a minute.")] = False,
     out: Annotated[Path | None, Option(help="Keep finished rows here, and go on from them.")] = None,
     json: Json = False,
 ) -> None:
-    """Run a benchmark: comoe bench quality --quick"""
+    """Run a benchmark.
+
+    \b
+    comoe bench quality --quick
+    """
     if name not in BENCHMARKS:
         raise UsageError(f"there is no benchmark {name!r}: choose from {', '.join(BENCHMARKS)}.")
     from comoe.bench import quality
+    from comoe.runtime.generate import quiet_transformers
 
     quiet_transformers()
     shared = Path(os.environ.get("COMOE_SHARED") or "../shared")

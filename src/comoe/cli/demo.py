@@ -9,7 +9,7 @@ from typer import Option
 
 from comoe.cli.options import Json
 from comoe.cli.plan import show_plans
-from comoe.cli.terminal import print_json, print_table, progress_bar, quiet_transformers, say
+from comoe.cli.terminal import print_json, print_table, progress_bar, say
 from comoe.types import VerificationFailed
 from comoe.units import format_size
 
@@ -20,12 +20,16 @@ if TYPE_CHECKING:
 def command(
     keep: Annotated[Path | None, Option(help="Leave the demo's pack in this new folder.")] = None, json: Json = False
 ) -> None:
-    """Show comoe at work on a small trained model: comoe demo
+    """Show comoe at work on the small model that it brings along.
+
+    \b
+    comoe demo
 
     Packs it, plans, generates with 30 % of the expert bytes in memory, compares with the model that has them all, and
     shows what a loss bound of 2 % buys. Needs no network and no other files.
     """
     from comoe.make.demo import demo
+    from comoe.runtime.generate import quiet_transformers
 
     quiet_transformers()
     with TemporaryDirectory(prefix="comoe-demo-") as scratch, progress_bar() as progress:

@@ -16,7 +16,11 @@ from comoe.units import format_size
 def command(
     folder: Annotated[Path, Option(help="Where packs are: the disk that is measured.")] = Path(), json: Json = False
 ) -> None:
-    """Examine this machine: comoe doctor"""
+    """Examine this machine.
+
+    \b
+    comoe doctor
+    """
     findings = asdict(examine(folder, perf_counter))
     if json:
         print_json(findings)

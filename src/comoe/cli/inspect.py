@@ -11,7 +11,11 @@ from comoe.units import format_loss, format_size
 
 
 def command(pack: PackPath, source: Source = None, json: Json = False) -> None:
-    """Show what is in a pack: comoe inspect qwen.comoe"""
+    """Show what is in a pack.
+
+    \b
+    comoe inspect qwen.comoe
+    """
     opened = Pack(pack, source=source)
     summary = {"pack": str(pack), "pack_bytes": opened.own_bytes, **describe(opened.manifest)}
     if json:

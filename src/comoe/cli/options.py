@@ -9,7 +9,7 @@ from comoe.types import UsageError
 from comoe.units import parse_share
 
 PackPath = Annotated[Path, Argument(help="A folder that `comoe pack` made.", show_default=False)]
-Json = Annotated[bool, Option("--json", help="Print one JSON document on stdout.")]
+Json = Annotated[bool, Option("--json", envvar="COMOE_JSON", help="Print one JSON document on stdout.")]
 Memory = Annotated[
     str | None,
     Option(envvar="COMOE_MEMORY", metavar="SIZE", help="Memory of the whole process, a hard limit: 4GiB."),

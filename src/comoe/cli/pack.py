@@ -7,10 +7,10 @@ from typing import Annotated
 from typer import Argument, Option
 
 from comoe.cli.options import Json, Seed, Threads
-from comoe.cli.terminal import print_json, print_pairs, progress_bar, quiet_transformers, say
+from comoe.cli.terminal import print_json, progress_bar, say
 from comoe.store.shipped import calibration_files
 from comoe.types import UsageError
-from comoe.units import format_size
+from comoe.units import format_seconds, format_size
 
 
 def command(
@@ -22,17 +22,23 @@ def command(
     calibrate: Annotated[str, Option(envvar="COMOE_CALIBRATE", help="`text`, or `none` for no calibration.")] = "text",
     calib_tokens: Annotated[int, Option(envvar="COMOE_CALIB_TOKENS", min=1024, help="Tokens to calibrate on.")] = 16384,
     forms: Annotated[str, Option(envvar="COMOE_FORMS", help="Forms beside exact, by commas.")] = "merged,q4,q8",
-    self_contained: Annotated[bool, Option("--self-contained", help="Copy the exact experts into the pack.")] = False,
+    self_contained: Annotated[
+        bool, Option("--self-contained", envvar="COMOE_SELF_CONTAINED", help="Copy the exact experts into the pack.")
+    ] = False,
     threads: Threads = None,
     seed: Seed = 0,
     json: Json = False,
 ) -> None:
-    """Make a pack of a checkpoint: comoe pack ./Qwen3-30B-A3B -o qwen.comoe
+    """Make a pack of a checkpoint.
+
+    \b
+    comoe pack ./Qwen3-30B-A3B -o qwen.comoe
 
     Says first how long it will take. A killed run goes on where it stopped when the same command is given again; the
     pack appears under its name once it is whole.
     """
     from comoe.make.pack import Recipe, pack, texts_of
+    from comoe.runtime.generate import quiet_transformers
 
     quiet_transformers()
     recipe = Recipe(
@@ -49,8 +55,11 @@ def command(
     if json:
         print_json(summary)
         return
-    rows = [(name, str(value) if "bytes" not in name else format_size(value)) for name, value in summary.items()]
-    print_pairs(rows)
+    print(
+        f"{output}: {report.layers} layers of {report.experts_per_layer} experts in {', '.join(report.forms)}; "
+        f"{format_size(report.pack_bytes)} on disk, made in {format_seconds(report.seconds)} "
+        f"with at most {format_size(report.peak_bytes)} of memory."
+    )
 
 
 def _texts(calib: list[Path] | None, calibrate: str) -> list[Path]:

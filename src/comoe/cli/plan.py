@@ -39,7 +39,10 @@ def command(
     source: Source = None,
     json: Json = False,
 ) -> None:
-    """Show what would run: comoe plan qwen.comoe --memory 4GiB --max-loss 2%
+    """Show what would run in a budget, and what it costs.
+
+    \b
+    comoe plan qwen.comoe --memory 4GiB --max-loss 2%
 
     Plans from exact to small, with what they cost. Times are predicted from rates measured here and now. Exit code 3
     where no plan within the bound fits, with the smallest memory that would do.

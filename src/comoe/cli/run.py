@@ -22,7 +22,8 @@ from comoe.cli.options import (
     Wish,
     wish,
 )
-from comoe.cli.terminal import print_json, quiet_transformers, say
+from comoe.cli.terminal import print_json, say
+from comoe.store.manifest import read_manifest
 from comoe.types import UsageError
 from comoe.units import format_size
 
@@ -36,14 +37,22 @@ def command(
     pack: PackPath,
     prompt: Annotated[str | None, Option("--prompt", "-p", help="Text to go on from.")] = None,
     prompt_file: Annotated[Path | None, Option(help="The same from a file; - is stdin.")] = None,
-    max_new_tokens: Annotated[int, Option("--max-new-tokens", "-n", help="Most tokens to generate.")] = 128,
-    ignore_eos: Annotated[bool, Option("--ignore-eos", help="Go on after the end of the text.")] = False,
-    temperature: Annotated[float, Option(help="Randomness; 0 always takes the likeliest token.")] = 0.0,
-    top_k: Annotated[int, Option(help="Choose among so many likeliest tokens; 0 among all.")] = 0,
-    top_p: Annotated[float, Option(help="Choose among the likeliest tokens of this probability together.")] = 1.0,
+    max_new_tokens: Annotated[
+        int, Option("--max-new-tokens", "-n", envvar="COMOE_MAX_NEW_TOKENS", help="Most tokens to generate.")
+    ] = 128,
+    ignore_eos: Annotated[
+        bool, Option("--ignore-eos", envvar="COMOE_IGNORE_EOS", help="Go on after the end of the text.")
+    ] = False,
+    temperature: Annotated[
+        float, Option(envvar="COMOE_TEMPERATURE", help="Randomness; 0 always takes the likeliest token.")
+    ] = 0.0,
+    top_k: Annotated[int, Option(envvar="COMOE_TOP_K", help="Choose among so many likeliest tokens; 0: all.")] = 0,
+    top_p: Annotated[float, Option(envvar="COMOE_TOP_P", help="Choose among the likeliest of this probability.")] = 1.0,
     seed: Seed = 0,
     stop: Annotated[list[str] | None, Option(help="Stop before this text; may be given several times.")] = None,
-    chat: Annotated[bool, Option("--chat", help="Frame the prompt by the model's chat template.")] = False,
+    chat: Annotated[
+        bool, Option("--chat", envvar="COMOE_CHAT", help="Frame the prompt by the model's chat template.")
+    ] = False,
     memory: Memory = None,
     expert_memory: ExpertMemory = None,
     max_loss: MaxLoss = None,
@@ -52,10 +61,13 @@ def command(
     dtype: Dtype = None,
     threads: Threads = None,
     source: Source = None,
-    edge: Annotated[list[str] | None, Option(help="URL of an edge node to read experts from.")] = None,
+    edge: Annotated[list[str] | None, Option(envvar="COMOE_EDGE", help="URL of an edge node to read from.")] = None,
     json: Json = False,
 ) -> None:
-    """Generate text: comoe run qwen.comoe --memory 4GiB --prompt "Once upon a time"
+    """Generate text inside a budget.
+
+    \b
+    comoe run qwen.comoe --memory 4GiB --prompt "Once upon a time"
 
     Without a prompt it asks for one, again and again. Text goes to stdout as it comes, figures to stderr.
     """
@@ -78,14 +90,12 @@ class Session:
     """A model that answers prompts."""
 
     def __init__(self, pack: Path, wished: Wish, sampling: "Sampling", *, chat: bool) -> None:
-        from transformers import AutoTokenizer
-
-        from comoe.store.manifest import read_manifest
+        from comoe.runtime.generate import quiet_transformers, tokenizer_of
 
         quiet_transformers()
         read_manifest(pack)
         self._pack, self._wished, self._sampling, self._chat = pack, wished, sampling, chat
-        self._tokenizer: Any = AutoTokenizer.from_pretrained(pack)
+        self._tokenizer: Any = tokenizer_of(pack)
         if chat and not self._tokenizer.chat_template:
             raise UsageError(f"{pack}: the model has no chat template: leave out --chat.")
         self._messages: list[dict[str, str]] = []

@@ -37,14 +37,6 @@ def print_pairs(pairs: Iterable[tuple[str, str]]) -> None:
         print(f"{name.ljust(width)}  {value}")
 
 
-def quiet_transformers() -> None:
-    """Leave stderr to comoe: transformers' own bars and advice would mix with it."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-
-
 @contextmanager
 def progress_bar() -> Iterator[Progress]:
     """A bar on stderr where that is a terminal, else a line for every new step."""

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from typer import Option
 
 from comoe.cli.options import Exact, ExpertMemory, Json, MaxLoss, PackPath, Source, wish
-from comoe.cli.terminal import print_json, print_pairs, progress_bar, quiet_transformers, say
+from comoe.cli.terminal import print_json, print_pairs, progress_bar, say
 from comoe.store.pack import Pack
 from comoe.store.shipped import sample_files
 from comoe.types import VerificationFailed
@@ -23,12 +23,16 @@ def command(
     source: Source = None,
     json: Json = False,
 ) -> None:
-    """Check a pack: comoe verify qwen.comoe
+    """Check a pack and what plans promise.
+
+    \b
+    comoe verify qwen.comoe --expert-memory 30%
 
     Hashes every blob, compares exact mode with more memory and with transformers, and prints what the plan predicted
     beside what was measured. Exit code 4 when something is off.
     """
     from comoe.make.verify import verify
+    from comoe.runtime.generate import quiet_transformers
 
     quiet_transformers()
     wished = wish(None, expert_memory, max_loss, exact)

@@ -3,11 +3,10 @@
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from transformers import AutoTokenizer
-
 from comoe.make.protocol import Evaluation
 from comoe.make.score import Score, compare
 from comoe.plan.ladder import ladder_of
+from comoe.runtime.generate import tokenizer_of
 from comoe.runtime.load import Loader, Options
 from comoe.store.manifest import ChainStep
 from comoe.store.pack import Pack
@@ -48,7 +47,7 @@ def score(folder: Path, form: str, windows: Windows, threads: int | None = None)
     rung = loader.ladder.rung(form)
     model = loader.streamed(form, min(rung.nbytes, max(MIN_CACHE_BYTES, loader.largest_layer(form))))
     with model.comoe:
-        evaluation = Evaluation.for_model(model, AutoTokenizer.from_pretrained(folder))
+        evaluation = Evaluation.for_model(model, tokenizer_of(folder))
         return Score({name: evaluation.nats(found) for name, found in windows.items()})
 
 

@@ -6,12 +6,10 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from transformers import AutoTokenizer
-
 from comoe.make.measure import Measured, measure, sample_windows
 from comoe.make.pack import Recipe, Report, pack, texts_of
 from comoe.plan.planner import Plan, frontier
-from comoe.runtime.generate import Answer, Sampling, generate, prompt_ids
+from comoe.runtime.generate import Answer, Sampling, generate, prompt_ids, tokenizer_of
 from comoe.runtime.load import Loader, Options
 from comoe.store.pack import Pack
 from comoe.store.shipped import calibration_files, demo_checkpoint, sample_files
@@ -114,7 +112,7 @@ def demo(folder: Path, progress: Progress, say: Callable[[str], None]) -> Demo:
 
 
 def _act(model: Any) -> Act:
-    tokenizer = AutoTokenizer.from_pretrained(model.comoe.pack.folder)
+    tokenizer = tokenizer_of(model.comoe.pack.folder)
     with model.comoe:
         answer = generate(model, tokenizer, prompt_ids(tokenizer, model.config, PROMPT), SAMPLING)
         windows = sample_windows(model, tokenizer, sample_files(), 2)

@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from blake3 import blake3
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from comoe.device import process
 from comoe.make.calibrate import LayerInputs, Text, check_calibratable, cut, record, recorded
@@ -30,6 +29,7 @@ from comoe.make.dense import dense_entry
 from comoe.make.estimate import seconds_to_pack
 from comoe.make.layers import Layer, build
 from comoe.make.protocol import Evaluation
+from comoe.runtime.generate import tokenizer_of
 from comoe.runtime.skeleton import load_skeleton
 from comoe.store.checkpoint import Checkpoint
 from comoe.store.densefile import RawTensor, write_dense
@@ -264,7 +264,7 @@ class Packer:
 
     @cached_property
     def _evaluation(self) -> Evaluation:
-        return Evaluation.for_model(self._model, AutoTokenizer.from_pretrained(self._folder))
+        return Evaluation.for_model(self._model, tokenizer_of(self._folder))
 
     @cached_property
     def _windows(self) -> dict[str, list[list[int]]]:

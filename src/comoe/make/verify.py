@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from comoe.device.memory import memory_limit
 from comoe.make.measure import Measured, measure, sample_windows
 from comoe.memory.arena import page_buffer
 from comoe.plan.planner import Plan
+from comoe.runtime.generate import tokenizer_of
 from comoe.runtime.load import Loader, Options
 from comoe.store.checkpoint import model_class, read_config
 from comoe.store.families import experts_modules, is_decorated
@@ -61,7 +61,7 @@ def verify(pack: Pack, budget: int, max_loss: float, texts: Sequence[Path], prog
     findings.errors += broken_blobs(pack)
     if findings.errors:
         return findings
-    tokenizer = AutoTokenizer.from_pretrained(pack.folder)
+    tokenizer = tokenizer_of(pack.folder)
     progress("exact mode", 0.3)
     _check_exact(pack, tokenizer, findings, texts)
     progress("the plan", 0.7)

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, TextStreamer
+from transformers import AutoTokenizer, GenerationConfig, TextStreamer
+from transformers.utils import logging
 
 from comoe.types import UsageError
 
@@ -102,6 +104,22 @@ class StopFilter:
         if text:
             self.shown.append(text)
             self.emit(text)
+
+
+def quiet_transformers() -> None:
+    """Leave stderr to comoe: transformers' own bars and advice would mix with it."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def tokenizer_of(folder: Path) -> Any:
+    """The tokenizer of a pack. Raises UsageError where the checkpoint had none."""
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise UsageError(
+            f"{folder} has no tokenizer that loads: add the checkpoint's tokenizer files to it."
+        ) from error
 
 
 def prompt_ids(tokenizer: Any, config: Any, prompt: str) -> Tensor:
