@@ -75,9 +75,9 @@ def name_hash(hashes: Iterable[str]) -> str:
 
 def read_header(path: Path) -> BlobFile:
     """The header of a blob file. Raises HostileFile where it breaks the format, PackError where it cannot be read."""
-    if not path.is_file():
-        raise PackError(f"{path} is missing: the pack is incomplete; pack again.")
     try:
+        if not path.is_file():
+            raise PackError(f"{path} is missing: the pack is incomplete; pack again.")
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             size = os.fstat(file.fileno()).st_size

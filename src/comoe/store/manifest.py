@@ -164,9 +164,9 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of the pack in `folder`. Raises NotAPack, PackError, UnknownKey or HostileFile."""
     path = folder / MANIFEST
-    if not path.is_file():
-        raise NotAPack(f"{folder} is not a pack: it has no {MANIFEST}; make one with `comoe pack`.")
     try:
+        if not path.is_file():
+            raise NotAPack(f"{folder} is not a pack: it has no {MANIFEST}; make one with `comoe pack`.")
         with path.open("rb") as file:
             data = file.read(MAX_MANIFEST_BYTES + 1)
     except OSError as error:

@@ -131,12 +131,12 @@ def check_source(folder: Path, source: SourceEntry) -> None:
     """
     for entry in source.files:
         path = folder / entry.name
-        if not path.is_file():
-            raise SourceMissing(
-                f"the pack refers to {path}, which is not there: give its new place with --source, or pack again "
-                "with --self-contained."
-            )
         try:
+            if not path.is_file():
+                raise SourceMissing(
+                    f"the pack refers to {path}, which is not there: give its new place with --source, or pack again "
+                    "with --self-contained."
+                )
             same = path.stat().st_size == entry.size and header_hash(path) == entry.header
         except OSError as error:
             raise SourceMissing(f"the pack refers to {path}, which cannot be read: {error.strerror}.") from error
