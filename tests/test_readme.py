@@ -1,0 +1,46 @@
+"""The README's own commands, run as they stand on the model that ships."""
+
+import contextlib
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from commands import call
+
+from comoe.store.shipped import demo_checkpoint
+
+README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+def commands() -> Iterator[list[str]]:
+    for block in blocks("sh"):
+        for line in block.splitlines():
+            words = shlex.split(line, comments=True)
+            if words[:1] == ["comoe"]:
+                yield words[1:]
+
+
+def test_the_commands_and_the_library_do_what_the_readme_shows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("Qwen3-30B-A3B").symlink_to(demo_checkpoint())
+    shown = list(commands())
+    assert [words[0] for words in shown] == ["pack", "plan", "run"]
+    for words in shown:
+        result = call(capsys, monkeypatch, *words)
+        assert result.code == 0, result.err
+    assert len(result.out.split()) > 10
+    (block,) = blocks("python")
+    names: dict[str, object] = {}
+    exec(block, names)
+    model = names["model"]
+    assert model.comoe.stats()["uses"] == 0  # type: ignore[attr-defined]
+    with contextlib.closing(model.comoe):  # type: ignore[attr-defined]
+        assert model.comoe.plan.target == "exact"  # type: ignore[attr-defined]
