@@ -60,10 +60,11 @@ def plain_activation(module: Any) -> tuple[str, bool] | None:
 
     Only then may a fused kernel stand in for `expert_forward`.
     """
-    kind = type(module).__name__
-    if kind == "SwitchTransformersExperts":
-        name = _activation_name(module.comoe_activation)
-        return (name, False) if name else None
+    own = OWN_ACTIVATIONS.get(type(module).__name__)
+    if own is not None:
+        attribute, gated = own
+        name = _activation_name(getattr(module, attribute))
+        return (name, gated) if name else None
     if not is_decorated(module) or not getattr(module, "is_concatenated", True):
         return None
     special = module.has_bias or module.is_transposed or getattr(module, "has_post_expert_norm", False)
@@ -83,8 +84,16 @@ ACTIVATIONS = {
 }
 
 
+OWN_ACTIVATIONS = {
+    "SwitchTransformersExperts": ("comoe_activation", False),
+    "LongcatFlashExperts": ("act_fn", True),
+    "JetMoeMoE": ("activation", True),
+}
+"""Modules outside the interface whose experts are two linears: where their activation is, and whether it gates."""
+
+
 def _activation_name(activation: Any) -> str | None:
-    return ACTIVATIONS.get(type(activation).__name__)
+    return "silu" if activation is F.silu else ACTIVATIONS.get(type(activation).__name__)
 
 
 def _interface_forward(self: Any, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:

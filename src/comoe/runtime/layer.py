@@ -126,8 +126,11 @@ class ServedLayer:
 
 
 def _add(out: Tensor, tokens: Tensor, y: Tensor) -> None:
-    """Add `y` (T, H) to the rows `tokens` of `out`. One row alone is added without torch's parallel scatter."""
-    if len(out) == 1:
+    """Add `y` (T, H) to the rows `tokens` of `out`. One row alone is added without torch's parallel scatter.
+
+    A token may use an expert twice (DeepSeek-V4's table of experts by token).
+    """
+    if len(out) == len(y) == 1:
         out += y
     else:
         out.index_add_(0, tokens, y)
