@@ -39,7 +39,7 @@ def write_dense(path: Path, names: Iterable[str], tensors: Iterable[RawTensor]) 
             header[tensor.name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": offsets}
             end = offsets[1]
         encoded = json.dumps(header, separators=(",", ":")).encode()
-        assert len(encoded) <= data_start - 8 and len(header) == len(names) + 1
+        assert len(encoded) <= data_start - 8 and list(header) == ["__metadata__", *names]
         file.seek(0)
         file.write((data_start - 8).to_bytes(8, "little") + encoded.ljust(data_start - 8))
         file.flush()
