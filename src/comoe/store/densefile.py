@@ -34,6 +34,7 @@ def write_dense(path: Path, names: Iterable[str], tensors: Iterable[RawTensor]) 
     with unfinished.open("wb") as file:
         file.seek(data_start)
         for tensor in tensors:
+            assert tensor.name not in header, tensor.name
             file.write(tensor.data)
             offsets = [end, end + len(tensor.data)]
             header[tensor.name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": offsets}
