@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from comoe.forms.quantise import Planes, dequantise
 from comoe.kernels import native
@@ -24,6 +25,10 @@ Bytes = npt.NDArray[np.uint8]
 
 KERNEL_TOKENS = 8
 """Up to so many tokens an expert runs in the kernel, beyond in torch: where the two cross."""
+
+HEIGHTS = (1, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+"""In torch an expert's tokens are padded to one of these: oneDNN keeps half a megabyte of code, and takes milliseconds
+to write it, for every shape of matrix that it meets."""
 
 BITS = {"merged": 4, "q4": 4, "q8": 8}
 CODES = {"float32": Code.F32, "bfloat16": Code.BF16, "float16": Code.F16}
@@ -44,7 +49,7 @@ class SiteMath:
         """Outputs (T, H) of one expert for `x` (T, H); `blobs` are those of the form, in order."""
         if self._kernel is not None and len(x) <= KERNEL_TOKENS:
             return self._run_kernel(form, blobs, x)
-        return expert_forward(self._module, x, self.tensors(form, blobs))
+        return expert_forward(self._module, _padded(x), self.tensors(form, blobs))[: len(x)]
 
     def tensors(self, form: str, blobs: Sequence[Bytes]) -> dict[str, Tensor]:
         """The expert's tensors by leaf, in the model's dtype and transformers' layout.
@@ -120,6 +125,12 @@ class SiteMath:
     def _fields(self, part: str) -> tuple[Field, ...]:
         found: Layout = self._layouts[part]
         return found.fields
+
+
+def _padded(x: Tensor) -> Tensor:
+    """`x` (T, H) with rows of zeros to the next height; beyond the last one as it is."""
+    height = next((height for height in HEIGHTS if height >= len(x)), len(x))
+    return F.pad(x, (0, 0, 0, height - len(x)))
 
 
 def _slice(blob: Bytes, field: Field) -> Bytes:
