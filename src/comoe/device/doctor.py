@@ -92,7 +92,6 @@ def _version(package: str) -> str | None:
 
 def _cpu_model() -> str:
     """The processor's name; its architecture where the kernel gives none."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.lower().startswith(("model name", "hardware", "model\t")):
-            return line.partition(":")[2].strip()
-    return platform.machine()
+    pairs = (line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines())
+    found = {key.strip(): value.strip() for key, _, value in pairs}
+    return found.get("model name") or found.get("Model") or found.get("Hardware") or platform.machine()

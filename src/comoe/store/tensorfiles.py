@@ -11,6 +11,9 @@ from comoe.types import CheckpointError, Extent, HostileFile, MissingShard, Trun
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+"""Of a hub repository, the files that packing reads."""
+
 MAX_HEADER_BYTES = 100 * 1024 * 1024
 BITS = {
     "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U8": 8, "BOOL": 8,
@@ -43,7 +46,7 @@ def find_folder(path: str | Path) -> Path:
 
     repository, _, revision = str(path).partition("@")
     try:
-        return Path(snapshot_download(repository, revision=revision or None))
+        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=HUB_FILES))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise CheckpointError(f"{path} is neither a folder nor a repository that the hub library finds.") from error
 

@@ -1,0 +1,134 @@
+"""`model.comoe`: what a program may ask of a served model while it runs."""
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from comoe.make.pack import Recipe, pack
+from comoe.runtime.load import load
+from comoe.types import DoesNotFit, RemoteUnavailable, UsageError
+
+PROMPT = torch.arange(5, 25)[None]
+
+
+@pytest.fixture(scope="module")
+def packed(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("handle") / "tiny.comoe"
+    pack(tiny_checkpoint, target, Recipe(), lambda step, done: None)
+    return target
+
+
+@pytest.fixture
+def model(packed: Path) -> Iterator[Any]:
+    served = load(packed, expert_memory="50%")
+    with served.comoe:
+        yield served
+
+
+def greedy(model: Any, num_tokens: int) -> list[int]:
+    with torch.inference_mode():
+        tokens = model.generate(
+            PROMPT,
+            attention_mask=torch.ones_like(PROMPT),
+            max_new_tokens=num_tokens,
+            do_sample=False,
+            eos_token_id=None,
+        )
+    return list(tokens[0, PROMPT.shape[1] :].tolist())
+
+
+def test_budgets_that_change_while_it_generates_change_no_token(model: Any) -> None:
+    expected = greedy(model, 60)
+    stop = threading.Event()
+    smallest, largest = model.comoe.cache.smallest, model.comoe.cache.capacity
+    sizes: list[int] = []
+
+    def resize_for_ever() -> None:
+        while not stop.is_set():
+            size = smallest + (len(sizes) * 7919) % (largest - smallest)
+            model.comoe.resize(size)
+            sizes.append(size)
+
+    thread = threading.Thread(target=resize_for_ever)
+    thread.start()
+    try:
+        got = greedy(model, 60)
+    finally:
+        stop.set()
+        thread.join()
+    assert got == expected
+    assert len(sizes) > 10
+    assert model.comoe.stats()["resident_bytes"] <= sizes[-1]
+
+
+def test_a_shrink_gives_memory_back_at_once(model: Any) -> None:
+    greedy(model, 20)
+    assert model.comoe.stats()["resident_bytes"] > model.comoe.cache.smallest
+    model.comoe.resize(model.comoe.cache.smallest)
+    assert model.comoe.stats()["resident_bytes"] <= model.comoe.cache.smallest
+
+
+def test_a_budget_that_is_too_small_is_refused_and_changes_nothing(model: Any) -> None:
+    before, expected = model.comoe.cache.capacity, greedy(model, 10)
+    with pytest.raises(DoesNotFit) as refused:
+        model.comoe.resize(1000)
+    assert model.comoe.cache.capacity == before
+    assert greedy(model, 10) == expected
+    model.comoe.resize(refused.value.smallest)
+    assert greedy(model, 10) == expected
+
+
+def test_a_budget_of_the_whole_process_is_refused_in_its_own_terms(packed: Path) -> None:
+    model = load(packed, memory="2GiB", context=64)
+    with model.comoe:
+        with pytest.raises(DoesNotFit, match="the process needs") as refused:
+            model.comoe.resize(1 << 20)
+        model.comoe.resize(refused.value.smallest)
+        assert model.comoe.cache.capacity == model.comoe.cache.smallest
+
+
+def test_a_request_starts_its_counters_afresh(model: Any) -> None:
+    greedy(model, 10)
+    used = model.comoe.stats()
+    assert used["uses"] > 0 < sum(used["bytes_read"].values())
+    model.comoe.begin_request()
+    fresh = model.comoe.stats()
+    assert fresh["uses"] == 0 == sum(fresh["bytes_read"].values())
+    greedy(model, 1)
+    assert 0 < model.comoe.stats()["uses"] < used["uses"]
+
+
+def test_an_exact_run_spends_nothing_of_the_ledger(model: Any) -> None:
+    greedy(model, 10)
+    assert model.comoe.ledger.loss == 0
+    assert model.comoe.ledger.shares() == {"exact": pytest.approx(1)}
+
+
+def test_a_context_beyond_what_memory_is_for_is_refused(packed: Path) -> None:
+    model = load(packed, expert_memory="50%", context=32)
+    with model.comoe:
+        model.comoe.check_context(32)
+        with pytest.raises(UsageError, match="raise --context"):
+            model.comoe.check_context(33)
+
+
+def test_closing_twice_is_fine_and_running_afterwards_says_why_not(packed: Path) -> None:
+    model = load(packed, expert_memory="50%")
+    model.comoe.close()
+    model.comoe.close()
+    with pytest.raises(RuntimeError, match="the cache is closed"):
+        greedy(model, 1)
+
+
+def test_load_refuses_what_it_cannot_do(packed: Path) -> None:
+    with pytest.raises(UsageError, match="not both"):
+        load(packed, memory="1GiB", expert_memory="30%")
+    with pytest.raises(RemoteUnavailable):
+        load(packed, edges=["http://127.0.0.1:1"])
+    with pytest.raises(DoesNotFit) as refused:
+        load(packed, expert_memory=1)
+    load(packed, expert_memory=refused.value.smallest).comoe.close()
