@@ -218,16 +218,21 @@ def _check(manifest: Manifest, path: Path) -> None:
     """Everything that a reader relies on without looking again."""
     forms = manifest.forms
     quantiles = manifest.gate_quantiles
+    files = manifest.source.files if manifest.source else ()
     _refuse_unless(manifest.dtype in DTYPE_BYTES, path, f"there is no dtype {manifest.dtype!r}")
     ladder = tuple(form for form in FORM_PARTS if form in forms)
     _refuse_unless(forms == ladder and "exact" in forms, path, "its forms are no ladder that ends with exact")
     _refuse_unless(len(manifest.layers) > 0, path, "it has no layers")
-    _refuse_unless(manifest.experts_per_token > 0 <= manifest.dense_bytes, path, "sizes are negative")
+    smallest = min(manifest.dense_bytes, *msgspec.structs.astuple(manifest.dense), *(file.size for file in files))
+    _refuse_unless(manifest.experts_per_token > 0 <= smallest, path, "its sizes are negative")
     _refuse_unless(list(quantiles) == sorted(quantiles) and _are_finite(quantiles), path, "gate_quantiles do not rise")
     for step in manifest.chain:
-        sound = step.form in forms and _are_finite((step.loss, *step.loss_ci95)) and step.resident_bytes >= 0
+        low, high = step.loss_ci95
+        sound = step.form in forms and _are_finite((step.loss, low, high)) and low <= high and step.resident_bytes >= 0
         _refuse_unless(sound, path, f"the chain's step {step.form!r} is of no form or no number")
-    for file in manifest.source.files if manifest.source else ():
+    sound = manifest.source is None or "\0" not in manifest.source.folder
+    _refuse_unless(sound, path, "the checkpoint's folder is no path")
+    for file in files:
         _refuse_unless(is_plain_name(file.name), path, f"{file.name!r} leaves the checkpoint's folder")
     for index in range(len(manifest.layers)):
         _check_layer(manifest, index, path)
