@@ -1,12 +1,12 @@
 """The safetensors files of a checkpoint folder: which tensor lies where, trusting nothing that a header says."""
 
-import json
 import os
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
+from comoe.store.untrusted import is_plain_name, parse_json
 from comoe.types import CheckpointError, Extent, HostileFile, MissingShard, TruncatedShard, UsageError
 
 INDEX = "model.safetensors.index.json"
@@ -73,6 +73,8 @@ def read_file_header(folder: Path, file: str) -> dict[str, StoredTensor]:
     """The tensors of one file, from its header alone."""
     path = folder / file
     try:
+        if not path.is_file():
+            raise MissingShard(f"{path} is missing: download the checkpoint again.")
         with path.open("rb") as handle:
             size = os.fstat(handle.fileno()).st_size
             length = int.from_bytes(handle.read(8), "little")
@@ -80,11 +82,11 @@ def read_file_header(folder: Path, file: str) -> dict[str, StoredTensor]:
                 raise HostileFile(f"{path}: not a safetensors file (a header of {length} bytes): download it again.")
             if length > size - 8:
                 raise TruncatedShard(f"{path} ends inside its header: download it again.")
-            header = json.loads(handle.read(length))
-    except FileNotFoundError as error:
-        raise MissingShard(f"{path} is missing: download the checkpoint again.") from error
+            header = parse_json(handle.read(length))
+    except OSError as error:
+        raise MissingShard(f"{path} cannot be read: {error.strerror}.") from error
     except ValueError as error:
-        raise HostileFile(f"{path}: the header is not JSON: download it again.") from error
+        raise HostileFile(f"{path}: the header is not JSON ({error}): download it again.") from error
     tensors = _parse(path, file, header, 8 + length)
     end = max((tensor.extent.offset + tensor.extent.length for tensor in tensors.values()), default=8 + length)
     if end > size:
@@ -104,9 +106,9 @@ def _single_file(folder: Path) -> str:
 
 def _weight_map(index: Path) -> dict[str, str]:
     try:
-        mapping = json.loads(index.read_bytes())["weight_map"]
-        sound = all(type(k) is str and type(v) is str and Path(v).name == v for k, v in mapping.items())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        mapping = parse_json(index.read_bytes())["weight_map"]
+        sound = all(type(file) is str and is_plain_name(file) for file in mapping.values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise HostileFile(f"{index} is not an index of weights: download it again.") from error
     if not sound or not mapping:
         raise HostileFile(f"{index} names files outside its folder, or none.")
