@@ -61,11 +61,11 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         Qwen3MoeForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    _save_tokenizer(folder)
+    save_tokenizer(folder)
     return folder
 
 
-def _save_tokenizer(folder: Path) -> None:
+def save_tokenizer(folder: Path) -> None:
     """One token per printable character, 128 in all; decoding is the inverse of encoding."""
     from tokenizers import Regex, Tokenizer, decoders
     from tokenizers.models import WordLevel

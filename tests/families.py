@@ -56,12 +56,12 @@ TOP_K = 2
 EXPERTS = {
     r"(num|n_routed|num_local|moe_num)_experts": NUM_EXPERTS,
     r"num_experts_per_tok(en)?|moe_topk|moe_k|moe_top_k|top_k_experts": TOP_K,
-    r"moe_intermediate_size|expert_ffn_hidden_size": 16,
+    r"moe_intermediate_size|expert_ffn_hidden_size": 32,
 }
 """Sizes that are set wherever a config has the attribute, even as None: by regular expression of its whole name."""
 
 CAPS = {
-    r"(unpadded_)?vocab_size(_per_layer_input)?": 64,
+    r"(unpadded_)?vocab_size(_per_layer_input)?": 128,
     r"(num_(hidden_|decoder_)?|n_|encoder_)layers|moe_layer_end_index": NUM_LAYERS,
     r"depth|n_group|num_expert_group|topk_group": 1,
     r"pad_token_id": 0,
@@ -70,7 +70,7 @@ CAPS = {
     r"qk_head_dim": 16,
     r"\w*(rank|head_dim|d_head|d_kv|kv_channels|rotary_dim)": 8,
     r"\w*hidden_(size|dim)|\w*put_dim|adapter_\w+|d_model": 32,
-    r"\w*intermediate_size(_mlp)?|\w*ffn_dim|d_ff|mlp_dim|share_expert_dim": 24,
+    r"\w*intermediate_size(_mlp)?|\w*ffn_dim|d_ff|mlp_dim|share_expert_dim": 32,
 }
 """Largest sizes: by regular expression of the attribute's whole name, the first that matches."""
 
@@ -85,7 +85,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "diffusion_gemma": {"canvas_length": 8},
     "dots1": {"n_shared_experts": 1},
     "dots3_note_text": {"head_dim": 16},
-    "ernie4_5_vl_moe_text": {"rope_parameters": MROPE, "moe_intermediate_size": [16, 8]},
+    "ernie4_5_vl_moe_text": {"rope_parameters": MROPE, "moe_intermediate_size": [32, 64]},
     "gemma4_text": {"enable_moe_block": True},
     "glm4v_moe_text": {"rope_parameters": MROPE | {"partial_rotary_factor": 1.0}},
     "granitemoehybrid": {"layer_types": LATER_ATTENTION, "mamba_d_head": 16, "mamba_d_state": 8},

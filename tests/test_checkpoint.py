@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from families import tiny
+from models import edit_config, save_random
+from quantised import WEIGHTS, save_fp8, save_mxfp4, save_plain
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from transformers.integrations.mxfp4 import dequantize_convertops
+from torch import Tensor
 
 from comoe.store.checkpoint import Checkpoint
-from comoe.store.families import experts_modules
 from comoe.types import (
     CheckpointError,
     HostileFile,
@@ -27,31 +26,15 @@ from comoe.types import (
     WrongShape,
 )
 
-WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 AN_EXPERT = "model.layers.1.mlp.experts.2.up_proj.weight"
 A_DENSE_TENSOR = "model.layers.0.self_attn.o_proj.weight"
-FP8_BLOCK = 12
-
-
-def save(family: str, folder: Path, **sizes: int) -> Any:
-    """Write a random model of `family` in bf16; returns the model."""
-    config, model_class = tiny(family)
-    config.update(sizes)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = model_class(config).to(torch.bfloat16)
-        for _, experts in experts_modules(model):
-            for parameter in experts.parameters():
-                nn.init.normal_(parameter, std=0.3)
-    model.save_pretrained(folder)
-    return model
 
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sound")
-    save("qwen3_moe", folder)
+    save_random("qwen3_moe", folder, torch.bfloat16)
     return folder
 
 
@@ -59,11 +42,6 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folder(sound: Path, tmp_path: Path) -> Path:
     """A copy of a sound checkpoint, to be damaged."""
     return Path(shutil.copytree(sound, tmp_path / "checkpoint"))
-
-
-def edit_config(folder: Path, **changes: Any) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def edit_tensors(folder: Path, edit: Callable[[dict[str, Tensor]], object]) -> None:
@@ -269,7 +247,7 @@ def test_an_expert_of_another_shape_than_the_configs_is_named(folder: Path, shap
 
 
 def test_stacked_experts_of_another_number_than_the_configs_are_named(tmp_path: Path) -> None:
-    save("granitemoe", tmp_path)
+    save_random("granitemoe", tmp_path, torch.bfloat16)
     name = "model.layers.0.block_sparse_moe.input_linear.weight"
     edit_tensors(tmp_path, lambda tensors: tensors.update({name: tensors[name][:3].clone()}))
     with pytest.raises(WrongShape, match=name):
@@ -295,7 +273,7 @@ def test_a_dense_tensor_that_is_not_finite_is_named(folder: Path, value: float) 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "switch_transformers", "granitemoe"])
 def test_an_experts_extents_are_its_bytes(family: str, tmp_path: Path) -> None:
-    save(family, tmp_path)
+    save_random(family, tmp_path, torch.bfloat16)
     checkpoint = Checkpoint.open(tmp_path)
     for layer in range(len(checkpoint.sites)):
         for index in range(checkpoint.sites[layer].num_experts):
@@ -312,8 +290,8 @@ def bytes_of(tensor: Tensor) -> bytes:
 @pytest.mark.parametrize("square", [False, True])
 def test_stacks_that_hubs_hold_transposed_are_turned(square: bool, tmp_path: Path) -> None:
     """As transformers: where the stack has not the model's shape. A square one is taken as it is."""
-    model = save("qwen3_vl_moe", tmp_path)
-    leaf = "gate_up_proj" if square else "down_proj"
+    model = save_random("qwen3_vl_moe", tmp_path, torch.bfloat16)
+    leaf = "down_proj" if square else "gate_up_proj"
     name = f"model.language_model.layers.0.mlp.experts.{leaf}"
     whole = model.state_dict()[name]
     assert (whole.shape[1] == whole.shape[2]) is square
@@ -325,36 +303,10 @@ def test_stacks_that_hubs_hold_transposed_are_turned(square: bool, tmp_path: Pat
 # --- quantised ---
 
 
-def quantise_fp8(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(FP8 weight, scale by block, what they stand for in bf16); blocks at the edges are cut off."""
-    rows, cols = (-(-n // FP8_BLOCK) for n in weight.shape)
-    scale = torch.rand(rows, cols) * 0.01 + 0.001
-    each = scale.repeat_interleave(FP8_BLOCK, 0).repeat_interleave(FP8_BLOCK, 1)[: weight.shape[0], : weight.shape[1]]
-    stored = (weight.float() / each).clamp(-448, 448).to(torch.float8_e4m3fn)
-    return stored, scale, (stored.float() * each).bfloat16()
-
-
-def save_fp8(family: str, folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Write an FP8 checkpoint of `family`; returns the plain tensors it stands for: all, and those quantised."""
-    save(family, folder)
-    plain, stored, quantised = load_file(folder / WEIGHTS), {}, {}
-    torch.manual_seed(1)
-    for name, tensor in plain.items():
-        if "_proj" in name and tensor.dim() == 2:
-            stored[name], stored[f"{name}_scale_inv"], quantised[name] = quantise_fp8(tensor)
-    save_file(plain | stored, folder / WEIGHTS)
-    block = [FP8_BLOCK, FP8_BLOCK]
-    method = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": block}
-    edit_config(folder, quantization_config=method)
-    return plain | quantised, quantised
-
-
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
 def test_fp8_one_expert_at_a_time_is_the_whole_dequantised(family: str, tmp_path: Path) -> None:
     plain, quantised = save_fp8(family, tmp_path / "fp8")
-    shutil.copytree(tmp_path / "fp8", tmp_path / "plain")
-    save_file(plain, tmp_path / "plain" / WEIGHTS)
-    edit_config(tmp_path / "plain", quantization_config=None)
+    save_plain(plain, tmp_path / "fp8", tmp_path / "plain")
     found, expected = Checkpoint.open(tmp_path / "fp8"), Checkpoint.open(tmp_path / "plain")
     assert found.dtype == "bfloat16"
     assert any("experts" in name for name in quantised)
@@ -396,22 +348,10 @@ def test_fp8_weights_without_a_quantization_config_are_refused(tmp_path: Path) -
 
 
 def test_mxfp4_one_expert_at_a_time_is_the_whole_dequantised(tmp_path: Path) -> None:
-    save("gpt_oss", tmp_path, intermediate_size=64)
-    plain, stored = load_file(tmp_path / WEIGHTS), {}
-    torch.manual_seed(1)
-    for name in [name for name in plain if name.endswith("_proj") and "experts" in name]:
-        experts, rows, cols = plain.pop(name).shape  # in memory (E, in, out), in blocks (E, out, in / 32, 16)
-        stored[f"{name}_blocks"] = torch.randint(0, 256, (experts, cols, rows // 32, 16), dtype=torch.uint8)
-        stored[f"{name}_scales"] = torch.randint(118, 128, (experts, cols, rows // 32), dtype=torch.uint8)
-    save_file(plain | stored, tmp_path / WEIGHTS)
-    edit_config(tmp_path, quantization_config={"quant_method": "mxfp4"})
+    plain = save_mxfp4("gpt_oss", tmp_path)
     checkpoint = Checkpoint.open(tmp_path)
     assert set(checkpoint.dense_names) == {name for name in plain if ".experts." not in name}
     for layer, site in enumerate(checkpoint.sites):
         for index in range(site.num_experts):
-            expert = checkpoint.expert(layer, index)
-            for leaf in ("gate_up_proj", "down_proj"):
-                blocks, scales = (stored[f"{site.name}.{leaf}_{part}"] for part in ("blocks", "scales"))
-                whole = dequantize_convertops(blocks, scales, torch.bfloat16)
-                assert torch.equal(expert[leaf], whole[index])
-                assert torch.equal(expert[f"{leaf}_bias"], plain[f"{site.name}.{leaf}_bias"][index])
+            for leaf, tensor in checkpoint.expert(layer, index).items():
+                assert torch.equal(tensor, plain[f"{site.name}.{leaf}"][index])

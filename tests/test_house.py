@@ -42,7 +42,7 @@ TORCH_FILES = (
     "bench/*.py",
 )
 TORCH_NAMES = ("torch", "transformers", "safetensors.torch")
-TEST_TOPICS = ("house", "public", "readme")
+TEST_TOPICS = ("exact", "house", "public", "readme")
 """What test files may be about beside a module or a folder of them."""
 
 MAX_FUNCTION_LINES, MAX_FILE_LINES = 35, 400
