@@ -24,11 +24,13 @@ class Band(NamedTuple):
 class Rung:
     """A form for all experts: memory of its parts when all are resident, and its certified loss with its interval.
 
-    `errors[layer]` is the relative error of a layer's outputs; `loss` is None where the pack has no certificate.
+    `largest` is the memory of the largest blob of every part; `errors[layer]` the relative error of a layer's outputs;
+    `loss` is None where the pack has no certificate.
     """
 
     form: str
     parts: Mapping[str, int]
+    largest: Mapping[str, int]
     loss: float | None
     loss_ci95: Band
     errors: tuple[float, ...]
@@ -39,7 +41,14 @@ class Rung:
 
     def beside(self, floor: "Rung | None") -> int:
         """Bytes of the parts that `floor` does not hold already."""
-        return sum(nbytes for part, nbytes in self.parts.items() if floor is None or part not in floor.parts)
+        return sum(self.parts[part] for part in self._beside(floor))
+
+    def group_beside(self, floor: "Rung | None") -> int:
+        """Bytes of one expert's parts that `floor` does not hold: of the largest expert."""
+        return sum(self.largest[part] for part in self._beside(floor))
+
+    def _beside(self, floor: "Rung | None") -> list[str]:
+        return [part for part in self.parts if floor is None or part not in floor.parts]
 
     @property
     def price(self) -> float:
@@ -91,7 +100,8 @@ class Ladder:
         return tuple(rung for rung in self.rungs if rung.loss is not None)
 
     def rung(self, form: str) -> Rung:
-        return next(rung for rung in self.rungs if rung.form == form)
+        """KeyError where the pack has no such form."""
+        return {rung.form: rung for rung in self.rungs}[form]
 
 
 def ladder_of(manifest: Manifest) -> Ladder:
@@ -104,7 +114,8 @@ def ladder_of(manifest: Manifest) -> Ladder:
         loss = 0.0 if exact else step.loss if step else None
         interval = Band(*step.loss_ci95) if step and not exact else Band(0.0, 0.0)
         parts = {part: held_bytes(manifest, part) for part in FORM_PARTS[form]}
-        rungs.append(Rung(form, parts, loss, interval, _errors(manifest, form)))
+        largest = {part: _largest_blob(manifest, part) for part in FORM_PARTS[form]}
+        rungs.append(Rung(form, parts, largest, loss, interval, _errors(manifest, form)))
     use = tuple(_use(layer.frequency, layer.num_experts, manifest.experts_per_token) for layer in manifest.layers)
     return Ladder(tuple(rungs), use, manifest.gate_quantiles, manifest.expert_bytes_bf16)
 
@@ -121,6 +132,11 @@ def held_bytes(manifest: Manifest, part: str) -> int:
     """Memory that all blobs of `part` take: every blob in pages of its own."""
     entries = [layer.parts[part] for layer in manifest.layers]
     return sum(entry.rows * align(entry.nbytes, PAGE) for entry in entries)
+
+
+def _largest_blob(manifest: Manifest, part: str) -> int:
+    """Memory that one blob of `part` takes, in the layer where it is largest."""
+    return max(align(layer.parts[part].nbytes, PAGE) for layer in manifest.layers)
 
 
 def _use(frequency: tuple[float, ...], num_experts: int, experts_per_token: int) -> Array:

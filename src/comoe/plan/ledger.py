@@ -40,7 +40,7 @@ class Ledger:
         """Share of all gates by form."""
         forms: dict[str, float] = {}
         for (_, form), gate in self.gates.items():
-            forms[form] = forms.get(form, 0.0) + gate / self.total
+            forms[form] = forms.get(form, 0.0) + (gate / self.total if self.total else 0.0)
         return forms
 
     def clear(self) -> None:

@@ -87,7 +87,7 @@ class Planner:
                 yield from ((floor, target) for floor in (None, *certified[:i]) if (floor, target) != (None, exact))
 
     def _reserve(self, floor: Rung | None, target: Rung) -> int:
-        return min(target.beside(floor), MIN_GROUPS * self._unit(target.beside(floor)))
+        return min(target.beside(floor), MIN_GROUPS * target.group_beside(floor))
 
     def _unit(self, nbytes: int) -> int:
         return -(-nbytes // self.ladder.num_experts)

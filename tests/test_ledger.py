@@ -1,0 +1,118 @@
+"""The ledger: what was spent adds up, and nothing that it allows breaks the bound."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from ladders import ladder
+
+from comoe.plan.ledger import Ledger
+
+LADDER = ladder(
+    {"merged": 4096, "high": 4096, "low": 4096, "exact": 8192},
+    {"merged": 0.2, "q4": 0.04},  # certified upper ends: 0.22 and 0.044; q8 has no certificate
+    [[1.0] * 4] * 2,
+    errors={"merged": (0.1, 0.3), "q4": (0.01, 0.01)},
+)
+EXPECTED_RATE = {(0, "merged"): 0.11, (1, "merged"): 0.33, (0, "q4"): 0.044, (1, "q4"): 0.044}
+
+uses = st.tuples(st.sampled_from([0, 1]), st.sampled_from(["merged", "q4", "exact"]), st.floats(0, 8))
+
+
+def ledger(bound: float = 0.05) -> Ledger:
+    return Ledger(LADDER, bound)
+
+
+def test_a_new_ledger_has_spent_nothing() -> None:
+    assert (ledger().loss, ledger().shares()) == (0.0, {})
+
+
+def test_the_loss_is_the_rates_weighted_by_gate() -> None:
+    found = ledger()
+    for (layer, form), gate in {(0, "merged"): 0.5, (1, "merged"): 0.25, (1, "q4"): 1.0, (0, "exact"): 3.0}.items():
+        found.add(layer, form, gate)
+    assert found.loss == pytest.approx((0.5 * 0.11 + 0.25 * 0.33 + 1.0 * 0.044) / 4.75)
+
+
+@given(st.lists(uses, max_size=20))
+def test_spent_and_total_are_the_sums_of_what_was_added(added: list[tuple[int, str, float]]) -> None:
+    found = ledger()
+    for use in added:
+        found.add(*use)
+    assert found.total == pytest.approx(sum(gate for *_, gate in added))
+    assert found.spent == pytest.approx(sum(gate * EXPECTED_RATE.get((at, form), 0.0) for at, form, gate in added))
+    by_key = {key: sum(gate for *other, gate in added if tuple(other) == key) for key in found.gates}
+    assert found.gates == pytest.approx(by_key)
+
+
+@given(st.lists(uses, min_size=1, max_size=20))
+def test_shares_are_of_all_gates_and_sum_to_one(added: list[tuple[int, str, float]]) -> None:
+    found = ledger()
+    for use in added:
+        found.add(*use)
+    assert found.shares().keys() == {form for _, form, _ in added}
+    assert sum(found.shares().values()) == pytest.approx(1.0 if found.total else 0.0)
+
+
+def test_uses_whose_gates_are_zero_have_no_share() -> None:
+    found = ledger()
+    found.add(0, "q4", 0.0)
+    assert (found.shares(), found.loss) == ({"q4": 0.0}, 0.0)
+
+
+@given(st.lists(uses, max_size=30), st.floats(0, 0.4))
+def test_what_it_allows_never_breaks_the_bound(asked: list[tuple[int, str, float]], bound: float) -> None:
+    """As the miss rule does: the wanted form, here exact, where the coarse one is not allowed."""
+    found = ledger(bound)
+    for layer, form, gate in asked:
+        found.add(layer, form if found.allows(layer, form, gate) else "exact", gate)
+        assert found.loss <= bound + 1e-9
+
+
+@given(st.lists(uses, max_size=10), uses)
+def test_asking_changes_nothing_and_allows_just_what_keeps_the_bound(
+    before: list[tuple[int, str, float]], asked: tuple[int, str, float]
+) -> None:
+    found, after = ledger(0.03), ledger(0.03)
+    for use in before:
+        found.add(*use)
+        after.add(*use)
+    allowed = found.allows(*asked)
+    assert (found.gates, found.spent, found.total) == (after.gates, after.spent, after.total)
+    after.add(*asked)
+    if abs(after.loss - 0.03) > 1e-6:
+        assert allowed == (after.loss < 0.03)
+
+
+def test_a_bound_of_zero_allows_the_exact_form_only() -> None:
+    found = ledger(0.0)
+    assert found.allows(0, "exact", 1.0) and not found.allows(0, "q4", 1e-6)
+
+
+def test_exact_uses_earn_room_for_coarse_ones() -> None:
+    found = ledger(0.022)
+    assert not found.allows(0, "q4", 1.0)
+    found.add(0, "exact", 1.0)
+    assert found.allows(0, "q4", 0.99) and not found.allows(0, "q4", 1.01)
+
+
+def test_a_coarse_use_is_dearer_where_it_hurts_more() -> None:
+    found = ledger(0.2)
+    assert found.allows(0, "merged", 1.0) and not found.allows(1, "merged", 1.0)
+
+
+def test_a_form_without_certificate_is_counted_at_no_price() -> None:
+    found = ledger()
+    found.add(0, "q8", 2.0)
+    assert (found.loss, found.shares()) == (0.0, {"q8": 1.0})
+
+
+def test_a_form_that_the_pack_has_not_is_a_key_error() -> None:
+    with pytest.raises(KeyError):
+        ledger().add(0, "q2", 1.0)
+
+
+def test_clearing_starts_a_request_from_nothing() -> None:
+    found = ledger()
+    found.add(1, "merged", 5.0)
+    found.clear()
+    assert found == ledger()
