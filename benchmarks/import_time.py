@@ -5,12 +5,13 @@ Raw results lie beside it, in import_time.json. Needs no model; `--statement 'im
 
 import argparse
 import json
-import os
-import platform
 import subprocess
 import sys
 from statistics import median
 from time import perf_counter
+
+from comoe.bench.ratio import median_interval
+from comoe.device.machine import machine
 
 
 def seconds(statement: str) -> float:
@@ -18,23 +19,6 @@ def seconds(statement: str) -> float:
     start = perf_counter()
     subprocess.run([sys.executable, "-c", statement], check=True)
     return perf_counter() - start
-
-
-def median_interval(values: list[float]) -> list[float]:
-    """The order statistics that hold the median with 95 % probability (normal approximation of the sign test)."""
-    ordered, half = sorted(values), 0.98 * len(values) ** 0.5
-    low = max(0, int(len(values) / 2 - half))
-    return [ordered[low], ordered[len(values) - 1 - low]]
-
-
-def machine() -> dict[str, object]:
-    """What the figures were measured on."""
-    return {
-        "platform": platform.platform(),
-        "machine": platform.machine(),
-        "cpus": os.cpu_count(),
-        "python": platform.python_version(),
-    }
 
 
 def measure(statement: str, pairs: int) -> dict[str, object]:

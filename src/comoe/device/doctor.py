@@ -1,12 +1,11 @@
 """`comoe doctor`: what this device offers, measured, and what stands in the way."""
 
 import os
-import platform
 import tempfile
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from comoe.device.machine import cpu_model, package_version
 from comoe.device.memory import cgroup_version, memory_limit
 from comoe.device.probe import Clock, disk_bps, memory_bps
 from comoe.kernels import native
@@ -41,10 +40,10 @@ def examine(folder: Path, clock: Clock) -> Findings:
     limit = memory_limit()
     kernel = native.kernel_name()
     disk, direct = _disk(folder, clock)
-    torch, transformers = _version("torch"), _version("transformers")
+    torch, transformers = package_version("torch"), package_version("transformers")
     problems = _problems(kernel, limit.nbytes, disk, direct, torch if transformers else None)
     return Findings(
-        cpu=_cpu_model(),
+        cpu=cpu_model(),
         threads=len(os.sched_getaffinity(0)),
         kernel=kernel,
         memory_limit=limit.nbytes,
@@ -81,17 +80,3 @@ def _disk(folder: Path, clock: Clock) -> tuple[float, bool]:
             return disk_bps(Path(file.name), clock)
     except OSError as error:
         raise UsageError(f"{folder} cannot be written to ({error.strerror}): name another folder.") from error
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _cpu_model() -> str:
-    """The processor's name; its architecture where the kernel gives none."""
-    pairs = (line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines())
-    found = {key.strip(): value.strip() for key, _, value in pairs}
-    return found.get("model name") or found.get("Model") or found.get("Hardware") or platform.machine()
