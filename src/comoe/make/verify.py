@@ -122,8 +122,13 @@ def _reference(pack: Pack, findings: Findings) -> Any | None:
     if needed > memory_limit().nbytes * 0.8:
         findings.skipped.append(f"comparison with transformers: it needs {format_size(needed)} of memory.")
         return None
-    config = read_config(pack.checkpoint)
-    model = model_class(config).from_pretrained(pack.checkpoint, dtype=torch.float32).eval()
+    return reference_model(pack.checkpoint)
+
+
+def reference_model(checkpoint: Path) -> Any:
+    """The checkpoint as transformers runs it itself, without comoe: eager experts, computed in float32."""
+    config = read_config(checkpoint)
+    model = model_class(config).from_pretrained(checkpoint, dtype=torch.float32).eval()
     if any(is_decorated(module) for _, module in experts_modules(model)):
         model.set_experts_implementation("eager")
     return model

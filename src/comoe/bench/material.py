@@ -1,0 +1,61 @@
+"""What the quality benchmark is measured on, and how much of it: texts, tasks, windows, tokens."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from blake3 import blake3
+
+from comoe.bench.corpus import chunk_items, valid_texts
+from comoe.make.calibrate import Text
+from comoe.make.pack import Recipe, texts_of
+from comoe.make.protocol import ChunkItem
+
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """How much is measured. `windows`, `decode_tokens` and `items` are of each domain; None: all there are."""
+
+    domains: int | None
+    windows: int
+    decode_tokens: int
+    items: int | None
+    calibration_tokens: int
+    bounds: tuple[float, ...]
+    shares: tuple[float, ...]
+
+    @property
+    def is_whole(self) -> bool:
+        return self.domains is None
+
+
+FULL = Scope(None, 48, 512, None, Recipe().num_tokens, (0.0, 0.005, 0.02), (0.5, 0.3, 0.15))
+QUICK = Scope(2, 4, 64, 6, 2560, (0.0, 0.02), (0.15,))
+
+
+@dataclass(frozen=True, slots=True)
+class Material:
+    """Texts and tasks of the folder `shared`: validation text by domain, calibration text of the same domains."""
+
+    shared: Path
+    valid: dict[str, str]
+    calibration: tuple[Text, ...]
+    items: tuple[ChunkItem, ...]
+
+    @property
+    def hash(self) -> str:
+        """BLAKE3 of all texts and tasks."""
+        texts = [[text.domain, text.text] for text in self.calibration]
+        return blake3(json.dumps([self.valid, texts, self.items]).encode()).hexdigest()
+
+
+def read_material(shared: Path, scope: Scope) -> Material:
+    """What `scope` asks for; a few domains lie spread over all. Raises UsageError."""
+    corpus = shared / "data" / "corpus"
+    valid = valid_texts(corpus, None)
+    if scope.domains is not None:
+        valid = dict(list(valid.items())[:: max(1, len(valid) // scope.domains)][: scope.domains])
+    items = chunk_items(shared)
+    by_domain = [[item for item in items if item.domain == name][: scope.items] for name in valid]
+    calibration = texts_of([corpus / f"{name}.calib.txt" for name in valid])
+    return Material(shared, valid, calibration, tuple(item for found in by_domain for item in found))
