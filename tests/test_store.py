@@ -3,7 +3,9 @@
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from time import sleep
 
 import pytest
 from blake3 import blake3
@@ -13,6 +15,7 @@ from packs import SHARDS, SITE, Blobs, edit, refused, write_blobs, write_pack
 from sources import MemorySource, SourceContract, read
 
 from comoe.memory.arena import page_buffer
+from comoe.store.directfile import DirectFile
 from comoe.store.layout import layout
 from comoe.store.manifest import MANIFEST
 from comoe.store.pack import Pack, check_source, header_hash
@@ -115,6 +118,24 @@ def test_a_closed_pack_leaves_no_file_open_and_may_be_read_again(opened: Callabl
     pack.close()
     assert len(list(Path("/proc/self/fd").iterdir())) == before
     assert read(pack, EXACT) == blobs[EXACT]
+
+
+def test_a_file_that_several_threads_need_first_is_opened_once(
+    opened: Callable[[str], Pack], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths: list[Path] = []
+
+    class Slow(DirectFile):
+        def __init__(self, path: Path) -> None:
+            paths.append(path)
+            sleep(0.01)  # long enough for the others to look for it too
+            super().__init__(path)
+
+    monkeypatch.setattr("comoe.store.pack.DirectFile", Slow)
+    pack = opened("whole")
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(lambda row: read(pack, HIGH._replace(row=row)), range(3)))
+    assert len(paths) == 1
 
 
 def test_a_checkpoint_that_moved_is_found_where_it_is_said_to_be(root: Path, blobs: Blobs) -> None:

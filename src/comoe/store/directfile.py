@@ -7,6 +7,7 @@ import ctypes
 import errno
 import mmap
 import os
+import threading
 from pathlib import Path
 
 from comoe.store.layout import PAGE, align
@@ -16,12 +17,13 @@ BOUNCE_BYTES = 4 * 1024 * 1024
 
 
 class DirectFile:
-    """A file open for reading. One thread reads at a time."""
+    """A file open for reading, by several threads at once; those that need the bounce buffer take turns."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.direct = True
         self._bounce: mmap.mmap | None = None
+        self._turn = threading.Lock()
         self._fd = -1
         try:
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_DIRECT", 0))
@@ -39,7 +41,8 @@ class DirectFile:
             elif offset % PAGE == 0 and len(into) >= align(nbytes, PAGE) and _is_page_aligned(into):
                 self._read_into(offset, into[: align(nbytes, PAGE)], nbytes)
             else:
-                self._read_bounced(offset, into[:nbytes])
+                with self._turn:
+                    self._read_bounced(offset, into[:nbytes])
         except OSError as error:
             if self.direct and error.errno == errno.EINVAL:
                 self._fall_back()
@@ -52,12 +55,17 @@ class DirectFile:
             self._fd = -1
 
     def _fall_back(self) -> None:
+        """Go on with a buffered descriptor, under the same number: another thread may be about to use it."""
         self.direct = False
-        self.close()
         try:
-            self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            buffered = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise PackError(f"cannot read {self.path}: {error.strerror}.") from error
+        if self._fd < 0:
+            self._fd = buffered
+        else:
+            os.dup2(buffered, self._fd, inheritable=False)
+            os.close(buffered)
 
     def _read_into(self, offset: int, into: memoryview, needed: int) -> None:
         """Read `into` whole, or at least its first `needed` bytes where the file ends inside the last page."""

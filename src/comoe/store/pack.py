@@ -4,6 +4,7 @@ Bytes are hashed once, at first use. What a pack says of itself is `store.manife
 is `memory`.
 """
 
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,8 +27,8 @@ class Pieces:
 class Pack:
     """A pack in a local folder, a `Source` of tier `flash`.
 
-    `source` overrides the folder of the checkpoint, where it has moved. Not for use from several threads at once
-    beyond `read`, which may run in one I/O thread while others ask `nbytes`.
+    `source` overrides the folder of the checkpoint, where it has moved. Several threads may read at once, but none
+    while another closes.
     """
 
     tier = "flash"
@@ -39,6 +40,7 @@ class Pack:
         self._headers = _headers(folder, self.manifest)
         self._check_source()
         self._files: dict[str, DirectFile] = {}
+        self._opening = threading.Lock()
         self._verified: set[BlobId] = set()
 
     def nbytes(self, blob: BlobId) -> int:
@@ -111,9 +113,10 @@ class Pack:
             check_source(self.checkpoint, self.manifest.source)
 
     def _file(self, path: str) -> DirectFile:
-        if path not in self._files:
-            self._files[path] = DirectFile(Path(path))
-        return self._files[path]
+        with self._opening:
+            if path not in self._files:
+                self._files[path] = DirectFile(Path(path))
+            return self._files[path]
 
     def _where(self, blob: BlobId) -> str:
         return f"{self.folder}: layer {blob.layer}, part {blob.part!r}, row {blob.row}"
