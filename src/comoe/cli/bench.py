@@ -29,11 +29,11 @@ def command(
     """
     if name not in BENCHMARKS:
         raise UsageError(f"there is no benchmark {name!r}: choose from {', '.join(BENCHMARKS)}.")
-    from comoe.bench import quality
+    from comoe.bench.quality import run
     from comoe.runtime.generate import quiet_transformers
 
     quiet_transformers()
     shared = Path(os.environ.get("COMOE_SHARED") or "../shared")
     with progress_bar() as progress:
-        document = quality.run(models or shared / "models", shared, quick=quick, out=out, progress=progress)
+        document = run(models or shared / "models", shared, quick=quick, out=out, progress=progress)
     print_json(document)
