@@ -1,5 +1,6 @@
 """A pack as a source: every blob's bytes from wherever they lie, and none that are not sound."""
 
+import mmap
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from packs import SHARDS, SITE, Blobs, edit, refused, write_blobs, write_pack
 from sources import MemorySource, SourceContract, read
 
 from comoe.memory.arena import page_buffer
-from comoe.store.directfile import DirectFile
+from comoe.store.directfile import BOUNCE_BYTES, Bounce, DirectFile
 from comoe.store.layout import layout
 from comoe.store.manifest import MANIFEST
 from comoe.store.pack import Pack, check_source, header_hash
@@ -126,16 +127,32 @@ def test_a_file_that_several_threads_need_first_is_opened_once(
     paths: list[Path] = []
 
     class Slow(DirectFile):
-        def __init__(self, path: Path) -> None:
+        def __init__(self, path: Path, bounce: Bounce | None = None) -> None:
             paths.append(path)
             sleep(0.01)  # long enough for the others to look for it too
-            super().__init__(path)
+            super().__init__(path, bounce)
 
     monkeypatch.setattr("comoe.store.pack.DirectFile", Slow)
     pack = opened("whole")
     with ThreadPoolExecutor(3) as pool:
         list(pool.map(lambda row: read(pack, HIGH._replace(row=row)), range(3)))
     assert len(paths) == 1
+
+
+def test_however_many_files_a_pack_has_they_share_one_bounce_buffer(
+    opened: Callable[[str], Pack], monkeypatch: pytest.MonkeyPatch, blobs: Blobs
+) -> None:
+    mapped: list[int] = []
+    real = mmap.mmap
+
+    def counting(descriptor: int, length: int) -> mmap.mmap:
+        mapped.append(length)
+        return real(descriptor, length)
+
+    monkeypatch.setattr("comoe.store.directfile.mmap.mmap", counting)
+    into = page_buffer(len(blobs[EXACT]))
+    opened("pack").read(EXACT, into)  # a leaf in each of two shards, both at odd offsets
+    assert mapped == [BOUNCE_BYTES]
 
 
 def test_a_checkpoint_that_moved_is_found_where_it_is_said_to_be(root: Path, blobs: Blobs) -> None:

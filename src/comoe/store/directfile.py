@@ -8,6 +8,7 @@ import errno
 import mmap
 import os
 import threading
+from functools import cached_property
 from pathlib import Path
 
 from comoe.store.layout import PAGE, align
@@ -16,14 +17,24 @@ from comoe.types import PackError
 BOUNCE_BYTES = 4 * 1024 * 1024
 
 
+class Bounce:
+    """Memory for reads that are not aligned, mapped once one is; all files of a pack share it, and take turns."""
+
+    def __init__(self) -> None:
+        self.turn = threading.Lock()
+
+    @cached_property
+    def view(self) -> memoryview:
+        return memoryview(mmap.mmap(-1, BOUNCE_BYTES))
+
+
 class DirectFile:
     """A file open for reading, by several threads at once; those that need the bounce buffer take turns."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, bounce: Bounce | None = None) -> None:
         self.path = path
         self.direct = True
-        self._bounce: mmap.mmap | None = None
-        self._turn = threading.Lock()
+        self._bounce = bounce or Bounce()
         self._fd = -1
         try:
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_DIRECT", 0))
@@ -41,7 +52,7 @@ class DirectFile:
             elif offset % PAGE == 0 and len(into) >= align(nbytes, PAGE) and _is_page_aligned(into):
                 self._read_into(offset, into[: align(nbytes, PAGE)], nbytes)
             else:
-                with self._turn:
+                with self._bounce.turn:
                     self._read_bounced(offset, into[:nbytes])
         except OSError as error:
             if self.direct and error.errno == errno.EINVAL:
@@ -82,13 +93,11 @@ class DirectFile:
 
     def _read_bounced(self, offset: int, into: memoryview) -> None:
         """Over-read to page boundaries, a bounded piece at a time, and copy what was asked for."""
-        if self._bounce is None:
-            self._bounce = mmap.mmap(-1, BOUNCE_BYTES)
-        bounce = memoryview(self._bounce)
+        bounce = self._bounce.view
         done = 0
         while done < len(into):
             skip = (offset + done) % PAGE
-            take = min(len(into) - done, BOUNCE_BYTES - skip)
+            take = min(len(into) - done, len(bounce) - skip)
             self._read_into(offset + done - skip, bounce[: align(skip + take, PAGE)], skip + take)
             into[done : done + take] = bounce[skip : skip + take]
             done += take

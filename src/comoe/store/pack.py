@@ -11,7 +11,7 @@ from pathlib import Path
 from blake3 import blake3
 
 from comoe.store.blobfile import MAX_HEADER_BYTES, BlobFile, read_header
-from comoe.store.directfile import DirectFile
+from comoe.store.directfile import Bounce, DirectFile
 from comoe.store.manifest import Manifest, PartEntry, SourceEntry, read_manifest
 from comoe.types import BlobId, CorruptBlob, Extent, HostileFile, PackError, SourceChanged, SourceMissing
 
@@ -40,6 +40,7 @@ class Pack:
         self._headers = _headers(folder, self.manifest)
         self._check_source()
         self._files: dict[str, DirectFile] = {}
+        self._bounce = Bounce()
         self._opening = threading.Lock()
         self._verified: set[BlobId] = set()
 
@@ -115,7 +116,7 @@ class Pack:
     def _file(self, path: str) -> DirectFile:
         with self._opening:
             if path not in self._files:
-                self._files[path] = DirectFile(Path(path))
+                self._files[path] = DirectFile(Path(path), self._bounce)
             return self._files[path]
 
     def _where(self, blob: BlobId) -> str:
