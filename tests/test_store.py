@@ -142,15 +142,13 @@ def test_a_file_that_several_threads_need_first_is_opened_once(
 def test_however_many_files_a_pack_has_they_share_one_bounce_buffer(
     opened: Callable[[str], Pack], monkeypatch: pytest.MonkeyPatch, blobs: Blobs
 ) -> None:
-    mapped: list[int] = []
-    real = mmap.mmap
+    into, mapped, real = page_buffer(len(blobs[EXACT])), list[int](), mmap.mmap
 
     def counting(descriptor: int, length: int) -> mmap.mmap:
         mapped.append(length)
         return real(descriptor, length)
 
     monkeypatch.setattr("comoe.store.directfile.mmap.mmap", counting)
-    into = page_buffer(len(blobs[EXACT]))
     opened("pack").read(EXACT, into)  # a leaf in each of two shards, both at odd offsets
     assert mapped == [BOUNCE_BYTES]
 
