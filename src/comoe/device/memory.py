@@ -1,10 +1,14 @@
-"""How much memory this process may use: the tightest of its cgroups' limits and what the machine has left."""
+"""How much memory this process may use: the tightest of its cgroups' limits and what the machine has left.
+
+Functions look below `root`, so that tests can show them another machine's `/proc` and `/sys`.
+"""
 
 from pathlib import Path
 from typing import NamedTuple
 
 UNLIMITED = 1 << 60
-CGROUPS = Path("/sys/fs/cgroup")
+ROOT = Path("/")
+CGROUPS = "sys/fs/cgroup"
 
 
 class MemoryLimit(NamedTuple):
@@ -14,43 +18,44 @@ class MemoryLimit(NamedTuple):
     source: str
 
 
-def memory_limit() -> MemoryLimit:
+def memory_limit(root: Path = ROOT) -> MemoryLimit:
     """The tightest limit on this process: cgroup v2, cgroup v1 or MemAvailable."""
-    return min([*cgroup_limits(), machine_memory()])
+    return min([*cgroup_limits(root), machine_memory(root)])
 
 
-def machine_memory() -> MemoryLimit:
+def machine_memory(root: Path = ROOT) -> MemoryLimit:
     """MemAvailable of /proc/meminfo."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
+    for line in (root / "proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
             return MemoryLimit(int(line.split()[1]) * 1024, "MemAvailable")
     raise KeyError("MemAvailable")
 
 
-def cgroup_limits() -> list[MemoryLimit]:
+def cgroup_limits(root: Path = ROOT) -> list[MemoryLimit]:
     """Limits of this process's memory cgroup and of every cgroup above it, of both versions."""
     found = []
-    for line in Path("/proc/self/cgroup").read_text().splitlines():
+    for line in (root / "proc/self/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers == "":
-            found += _limits(CGROUPS, path, "memory.max")
+            found += _limits(root / CGROUPS, path, "memory.max")
         elif "memory" in controllers.split(","):
-            found += _limits(CGROUPS / "memory", path, "memory.limit_in_bytes")
+            found += _limits(root / CGROUPS / "memory", path, "memory.limit_in_bytes")
     return found
 
 
-def cgroup_version() -> str:
+def cgroup_version(root: Path = ROOT) -> str:
     """`v2`, `v1` or `none`."""
-    if (CGROUPS / "cgroup.controllers").exists():
+    if (root / CGROUPS / "cgroup.controllers").exists():
         return "v2"
-    return "v1" if (CGROUPS / "memory").is_dir() else "none"
+    return "v1" if (root / CGROUPS / "memory").is_dir() else "none"
 
 
-def _limits(root: Path, path: str, name: str) -> list[MemoryLimit]:
-    group = root / path.lstrip("/")
+def _limits(top: Path, path: str, name: str) -> list[MemoryLimit]:
+    """Limits in the files `name` of the cgroup `path` and of those above it, up to `top`."""
+    group = top / path.lstrip("/")
     limits = []
     for folder in [group, *group.parents]:
-        if not folder.is_relative_to(root):
+        if not folder.is_relative_to(top):
             break
         file = folder / name
         text = file.read_text().strip() if file.exists() else "max"

@@ -2,9 +2,8 @@
 
 import ctypes
 import ctypes.util
+import os
 from pathlib import Path
-
-from comoe.store.layout import PAGE
 
 M_TRIM_THRESHOLD = -1
 M_MMAP_THRESHOLD = -3
@@ -13,7 +12,7 @@ M_ARENA_MAX = -8
 
 def resident_bytes() -> int:
     """Anonymous and file-backed pages of this process that are in memory."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def peak_bytes() -> int:
