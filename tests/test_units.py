@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from comoe.types import UsageError
-from comoe.units import format_size, parse_budget, parse_share, parse_size
+from comoe.units import format_loss, format_seconds, format_size, parse_budget, parse_link, parse_share, parse_size
 
 SIZES = {
     "4GiB": 4 << 30, "4G": 4 << 30, "4gib": 4 << 30, "1.5GB": 1_500_000_000, " 4.7 GB ": 4_700_000_000,
@@ -74,3 +74,31 @@ def test_a_size_is_printed_with_three_figures_and_a_binary_unit(nbytes: float, t
 @given(st.integers(0, 1 << 49))
 def test_a_printed_size_is_within_half_a_percent_and_can_be_read_back(nbytes: int) -> None:
     assert parse_size(format_size(nbytes)) == pytest.approx(nbytes, rel=0.006, abs=1)
+
+
+LINKS = {
+    "40Mbit,20ms": (5e6, 0.02), "1Gbit/s, 0.5 s": (1.25e8, 0.5), " 800 kbit , 0ms ": (1e5, 0.0),
+    "2.5Mbit,1.5ms": (312_500, 0.0015),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "link"), LINKS.items())
+def test_a_link_is_bytes_per_second_and_seconds(text: str, link: tuple[float, float]) -> None:
+    assert parse_link(text) == pytest.approx(link)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "40Mbit", "40MB,20ms", "40mbit,20ms", "-1Mbit,1ms", "0Mbit,1ms", "1Mbit,1m", "fast"]
+)
+def test_what_is_no_link_is_refused_with_an_example(text: str) -> None:
+    with pytest.raises(UsageError, match="for example 40Mbit,20ms"):
+        parse_link(text)
+
+
+def test_a_loss_is_printed_as_a_signed_percentage() -> None:
+    assert [format_loss(loss) for loss in (0.0016, -0.02, 0.0)] == ["+0.16 %", "-2.00 %", "+0.00 %"]
+
+
+def test_a_duration_is_printed_roughly_and_never_as_nothing() -> None:
+    durations = [format_seconds(seconds) for seconds in (0, 0.4, 12.4, 89, 90, 200, 5399, 5400, 9000)]
+    assert durations == ["1 s", "1 s", "12 s", "89 s", "2 min", "3 min", "90 min", "1.5 h", "2.5 h"]
