@@ -51,7 +51,7 @@ LEFT_OUT = {
 
 NUM_LAYERS = 4
 NUM_EXPERTS = 4
-TOP_K = 2
+TOP_K = 3
 
 EXPERTS = {
     r"(num|n_routed|num_local|moe_num)_experts": NUM_EXPERTS,
@@ -97,6 +97,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "mistral4": {"head_dim": 16, "qk_rope_head_dim": 8},
     "muse_spark_audio": {"hidden_sizes": [4, 4, 4, 4], "depths": [1, 1, 1, 1]},
     "nemotron_h": {"n_groups": 2},
+    "phimoe": {"num_experts_per_tok": 2},  # its router always chooses two
     "qwen4_exp_text": {
         "indexer_n_heads": 2,
         "indexer_kv_heads": 1,
