@@ -6,6 +6,9 @@ Functions look below `root`, so that tests can show them another machine's `/pro
 from pathlib import Path
 from typing import NamedTuple
 
+from comoe.types import UsageError
+from comoe.units import format_size
+
 UNLIMITED = 1 << 60
 ROOT = Path("/")
 CGROUPS = "sys/fs/cgroup"
@@ -23,12 +26,19 @@ def memory_limit(root: Path = ROOT) -> MemoryLimit:
     return min([*cgroup_limits(root), machine_memory(root)])
 
 
+def check_possible(nbytes: int, root: Path = ROOT) -> None:
+    """Raise UsageError where a budget of `nbytes` is more than a hard limit lets this process have, and which one."""
+    limit = min([*cgroup_limits(root), _meminfo("MemTotal", root)])
+    if nbytes > limit.nbytes:
+        raise UsageError(
+            f"a budget of {format_size(nbytes)} is more than {limit.source} allows: give at most {limit.nbytes} "
+            f"({format_size(limit.nbytes)})."
+        )
+
+
 def machine_memory(root: Path = ROOT) -> MemoryLimit:
     """MemAvailable of /proc/meminfo."""
-    for line in (root / "proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return MemoryLimit(int(line.split()[1]) * 1024, "MemAvailable")
-    raise KeyError("MemAvailable")
+    return _meminfo("MemAvailable", root)
 
 
 def cgroup_limits(root: Path = ROOT) -> list[MemoryLimit]:
@@ -48,6 +58,13 @@ def cgroup_version(root: Path = ROOT) -> str:
     if (root / CGROUPS / "cgroup.controllers").exists():
         return "v2"
     return "v1" if (root / CGROUPS / "memory").is_dir() else "none"
+
+
+def _meminfo(key: str, root: Path) -> MemoryLimit:
+    for line in (root / "proc/meminfo").read_text().splitlines():
+        if line.startswith(f"{key}:"):
+            return MemoryLimit(int(line.split()[1]) * 1024, key)
+    raise KeyError(key)
 
 
 def _limits(top: Path, path: str, name: str) -> list[MemoryLimit]:
