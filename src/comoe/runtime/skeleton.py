@@ -13,6 +13,7 @@ from torch import nn
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from comoe.device import process
 from comoe.store.checkpoint import model_class, read_config
 from comoe.store.families import experts_modules, experts_of
 
@@ -53,9 +54,7 @@ def load_skeleton(folder: Path, dtype: torch.dtype, **kwargs: Any) -> Any:
     model = model_class(config).from_pretrained(
         folder, config=config, dtype=dtype, quantization_config=StrippedConfig(), **kwargs
     )
-    for tensor in (*model.parameters(), *model.buffers()):
-        tensor.requires_grad_(False)
-        tensor.data = tensor.data.clone()
+    copy_out(model, folder)
     drop_cached(folder)
     return model.eval()
 
@@ -79,6 +78,18 @@ def strip(model: Any) -> None:
             descendant._is_hf_initialized = True
         ignored.add(rf"^{re.escape(name)}\.")
     model._keys_to_ignore_on_load_unexpected = ignored
+
+
+def copy_out(model: Any, folder: Path) -> None:
+    """Give tensors that are pages of a file of `folder` memory of their own, and let the pages go, one by one."""
+    mapped = process.mappings(folder)
+    kept = []  # a file stays mapped, and its addresses are nothing else's, as long as a tensor of it lives
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.requires_grad_(False)
+        if any(tensor.data_ptr() in addresses for addresses in mapped):
+            kept.append(tensor.data)
+            tensor.data = tensor.data.clone()
+            process.unmap_pages(kept[-1].data_ptr(), kept[-1].nbytes)
 
 
 def drop_cached(folder: Path) -> None:
