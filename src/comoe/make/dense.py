@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from comoe.store.checkpoint import model_class
 from comoe.store.manifest import DenseEntry
 
 NAMES = {
@@ -28,7 +29,13 @@ def dense_entry(config: Any) -> DenseEntry:
         vocab=found["vocab"],
         kv=2 * copies * found["layers"] * max(found["kv_heads"], 1) * head,
         num_layers=found["layers"],
+        eager_heads=0 if is_fused(config) else found["heads"],
     )
+
+
+def is_fused(config: Any) -> bool:
+    """Whether transformers runs attention of this family without keeping its scores (SDPA)."""
+    return bool(model_class(config)._supports_sdpa)  # private; what `from_pretrained` decides by
 
 
 def _first(config: Any, names: tuple[str, ...]) -> int:

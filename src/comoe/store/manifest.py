@@ -94,7 +94,8 @@ class ChainStep(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class DenseEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Sizes of the model outside its experts, in elements: what memory a run needs beside them follows from it.
 
-    `kv` are keys and values of one token in all layers; `inner` the widest dense feed-forward.
+    `kv` are keys and values of one token in all layers; `inner` the widest dense feed-forward; `eager_heads` the heads
+    whose scores, of every token for every token, are in memory at once: none where attention is fused.
     """
 
     hidden: int = 0
@@ -102,6 +103,7 @@ class DenseEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     vocab: int = 0
     kv: int = 0
     num_layers: int = 0
+    eager_heads: int = 0
 
 
 class Provenance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
