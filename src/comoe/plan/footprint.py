@@ -1,15 +1,28 @@
 """What a process needs beside its experts, reckoned from a manifest before anything is loaded. Pure, on the safe side.
 
-The runtime measures the same by a warm-up once the dense part is there.
+The runtime measures the same by a warm-up once the dense part is there. The constants are measured: see
+docs/decisions/012-memory.md.
 """
 
 from dataclasses import dataclass
 
 from comoe.store.manifest import Manifest
-from comoe.types import DTYPE_BYTES
+from comoe.types import DTYPE_BYTES, Site
 
 MARGIN_BYTES = 24 << 20
-"""Kernel memory, page tables and the pages of programs that a limit counts and no process sees."""
+"""Kernel memory that a limit counts and no process sees, but for page tables."""
+
+PAGE_TABLES = 512
+"""One byte of page tables for so many bytes of memory, in pages of 4 KiB."""
+
+FIRST_USE_BYTES = 98 << 20
+"""What the first model takes beside its tensors: modules and code of torch's and oneDNN's that had not run before."""
+
+FIRST_USE_FILE_BYTES = 38 << 20
+"""Of these, pages of files."""
+
+NOISE_BYTES = 2 << 20
+"""Two runs of the same program differ by no more: what is asked for beyond what was missing, so that it will do."""
 
 ALLOCATOR_SHARE = 0.05
 """Room for what the C library keeps of freed memory."""
@@ -23,10 +36,14 @@ CHUNK_TOKENS = 512
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """What memory is sized for: prompt and answer together have at most `context` tokens; `dtype` computes."""
+    """What memory is sized for: prompt and answer together have at most `context` tokens; `dtype` computes.
+
+    `forms` are those that experts may run in.
+    """
 
     context: int
     dtype: str
+    forms: tuple[str, ...] = ("exact",)
 
     @property
     def itemsize(self) -> int:
@@ -37,7 +54,12 @@ def beside_experts(manifest: Manifest, work: Workload, interpreter: int) -> int:
     """Bytes of the process without experts; `interpreter` are those before a model is loaded."""
     weights = manifest.dense_bytes * work.itemsize // DTYPE_BYTES[manifest.dtype]
     needed = weights + kv_bytes(manifest, work) + activation_bytes(manifest, work)
-    return interpreter + MARGIN_BYTES + int(needed * (1 + ALLOCATOR_SHARE))
+    return interpreter + FIRST_USE_BYTES + MARGIN_BYTES + int(needed * (1 + ALLOCATOR_SHARE))
+
+
+def unseen_bytes(file_backed: int, memory: int) -> int:
+    """What a process in `memory` bytes needs beside its anonymous memory, with `file_backed` bytes of file pages."""
+    return file_backed + MARGIN_BYTES + memory // PAGE_TABLES
 
 
 def kv_bytes(manifest: Manifest, work: Workload) -> int:
@@ -50,6 +72,16 @@ def activation_bytes(manifest: Manifest, work: Workload) -> int:
     dense = manifest.dense
     site = max((manifest.site(layer) for layer in range(len(manifest.layers))), key=lambda s: s.expert_bytes_bf16)
     widest = max((leaf.rows for leaf in site.leaves if leaf.is_matrix), default=0)
-    tokens = work.context * (8 * dense.hidden + 2 * dense.inner) * work.itemsize
-    chunk = CHUNK_TOKENS * (manifest.experts_per_token * dense.hidden + 3 * widest + 2 * dense.hidden) * 4
-    return tokens + chunk + 3 * 4 * site.expert_bytes_bf16 // 2 + 6 * 4 * dense.vocab
+    tokens = work.context * (8 * dense.hidden + 2 * dense.inner)
+    scores = 3 * dense.eager_heads * work.context**2
+    chunk = min(CHUNK_TOKENS, work.context) * ((manifest.experts_per_token + 3) * dense.hidden + 3 * widest)
+    converted = max(conversion_bytes(site, form, work) for form in work.forms)
+    return (tokens + scores + chunk) * work.itemsize + converted + 6 * 4 * dense.vocab
+
+
+def conversion_bytes(site: Site, form: str, work: Workload) -> int:
+    """What torch needs to run one expert in `form`: a copy in the compute dtype, and four matrices in float32."""
+    if form == "exact" and site.dtype == work.dtype:
+        return 0
+    copy = sum(leaf.size for leaf in site.leaves) * work.itemsize
+    return copy if form == "exact" else copy + 4 * 4 * max(leaf.size for leaf in site.leaves)

@@ -1,7 +1,7 @@
 """`model.comoe`: what a program may ask of, and tell, a model that comoe serves while it runs."""
 
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 from comoe.device import process
 from comoe.memory.cache import BlobCache
@@ -11,22 +11,35 @@ from comoe.runtime.layer import Counts, Serving
 from comoe.store.pack import Pack
 from comoe.types import DoesNotFit, UsageError
 
-SLACK_BYTES = 8 << 20
-"""Once the process is nearer than this to its budget, the cache gives way."""
+SLACK_BYTES = 4 << 20
+"""Memory may go so far beyond the sizes that were measured before the cache gives way, twice as much at a time."""
+
+
+class Promise(NamedTuple):
+    """A budget of the whole process, in bytes: `memory`, of which `beside` are not the experts'.
+
+    Of those again, `unseen` are no anonymous memory: pages of programs and files that must stay, and the kernel's own.
+    """
+
+    memory: int
+    beside: int
+    unseen: int
 
 
 class Comoe:
     """The handle of a served model. A context manager: leaving it stops the I/O thread.
 
-    `context` is the longest prompt and answer together, in tokens; `memory` the budget of the whole process in bytes,
-    None where only experts were given one.
+    `context` is the longest prompt and answer together, in tokens; `promise` the budget of the whole process, None
+    where only experts were given one; `earlier_peak` the resident memory that loading took at most.
     """
 
-    def __init__(self, pack: Pack, serving: Serving, context: int, memory: int | None = None) -> None:
-        self._pack, self._serving, self._context, self._memory = pack, serving, context, memory
+    def __init__(
+        self, pack: Pack, serving: Serving, context: int, promise: Promise | None = None, earlier_peak: int = 0
+    ) -> None:
+        self._pack, self._serving, self._context, self._promise = pack, serving, context, promise
+        self._earlier_peak, self._planned = earlier_peak, serving.cache.capacity
         self._read_before: dict[str, int] = {}
-        if memory is not None:
-            self._overhead = memory - serving.cache.capacity
+        if promise is not None:
             serving.before_read = self._guard
 
     @property
@@ -51,15 +64,18 @@ class Comoe:
         Callable from any thread; obeyed between expert reads. Raises DoesNotFit, and changes nothing, below the
         floor and the two experts that must be there at once.
         """
-        if self._memory is None:
-            self.cache.resize(nbytes)
-            return
+        promise = self._promise
+        beside = promise.beside if promise is not None else 0
         try:
-            self.cache.resize(nbytes - self._overhead)
+            self.cache.resize(nbytes - beside)
         except DoesNotFit as error:
-            smallest = error.smallest + self._overhead
+            if promise is None:
+                raise
+            smallest = error.smallest + beside
             raise DoesNotFit(f"the process needs {smallest} bytes of memory, {nbytes} were given.", smallest) from error
-        self._memory = nbytes
+        self._planned = nbytes - beside
+        if promise is not None:
+            self._promise = promise._replace(memory=nbytes)
 
     def stats(self) -> dict[str, Any]:
         """Counters of the request: rates as fractions, bytes as integers; what is resident is so now."""
@@ -73,6 +89,8 @@ class Comoe:
             "bytes_read": {tier: nbytes - self._read_before.get(tier, 0) for tier, nbytes in read.items()},
             "resident_bytes": self.cache.resident_bytes,
             "capacity_bytes": self.cache.capacity,
+            "yielded_bytes": self._planned - self.cache.capacity,
+            "peak_bytes": max(self._earlier_peak, process.peak_bytes()),
             "loss_ledger": self.ledger.loss,
             "shares": self.ledger.shares(),
         }
@@ -88,10 +106,12 @@ class Comoe:
         return self._serving.counts.expert_s
 
     def begin_request(self) -> None:
-        """Start the ledger and the request's counters afresh."""
+        """Start the ledger and the request's counters afresh; what the cache yielded in the last one it gets back."""
         self.ledger.clear()
         self._serving.counts = Counts()
         self._read_before = self.cache.stats.bytes_read
+        if self.cache.capacity < self._planned:
+            self.cache.resize(self._planned)
 
     def close(self) -> None:
         """Stop the I/O thread and close files. The model cannot run afterwards."""
@@ -107,13 +127,19 @@ class Comoe:
         self.close()
 
     def _guard(self) -> None:
-        """Keep the budget's promise where the process grew beyond what its warm-up showed: the cache gives way."""
-        assert self._memory is not None
-        excess = process.resident_bytes() + SLACK_BYTES - self._memory
-        if excess <= 0:
+        """Keep the budget's promise where the process grew beyond what its warm-up showed: the cache gives way.
+
+        Anonymous memory alone is looked at: short of room, the kernel drops pages of programs first, which then seem
+        to take less than they need.
+        """
+        if self._excess() <= SLACK_BYTES:
             return
         process.trim_malloc()
-        excess = process.resident_bytes() + SLACK_BYTES - self._memory
+        excess = self._excess()
         room = self.cache.capacity - self.cache.smallest
-        if excess > 0 and room > 0:
-            self.cache.resize(self.cache.capacity - min(excess, room))
+        if excess > SLACK_BYTES and room > 0:
+            self.cache.resize(self.cache.capacity - min(excess + SLACK_BYTES, room))
+
+    def _excess(self) -> int:
+        assert self._promise is not None
+        return process.resident().anonymous + self._promise.unseen - self._promise.memory

@@ -1,32 +1,30 @@
 """`comoe.load`: from a pack and a budget to a transformers model that generates."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
 
 from comoe.device import process
 from comoe.device.costs import measured_costs
-from comoe.device.memory import memory_limit
+from comoe.device.memory import check_possible, memory_limit
 from comoe.memory.cache import BlobCache
 from comoe.plan.cost import Costs
-from comoe.plan.footprint import CHUNK_TOKENS, MARGIN_BYTES, Workload, beside_experts
+from comoe.plan.footprint import FIRST_USE_FILE_BYTES, NOISE_BYTES, Workload, beside_experts, unseen_bytes
 from comoe.plan.ladder import Band, ladder_of
 from comoe.plan.ledger import Ledger
 from comoe.plan.planner import Plan, Planner, uniform
-from comoe.runtime.budget import WarmUp, dtype_of, warm_up
+from comoe.runtime.budget import FIRST_TOKENS, WarmUp, dtype_of, warm_up
 from comoe.runtime.experts import TORCH_DTYPES, SiteMath
-from comoe.runtime.handle import Comoe
+from comoe.runtime.handle import Comoe, Promise
 from comoe.runtime.hook import attach
 from comoe.runtime.layer import ServedLayer, Serving
 from comoe.runtime.skeleton import load_skeleton
 from comoe.store.families import experts_modules
-from comoe.store.layout import PAGE, align, layout
+from comoe.store.layout import PAGE, align
 from comoe.store.manifest import FORM_PARTS
 from comoe.store.pack import Pack
 from comoe.types import DoesNotFit, RemoteUnavailable, UsageError
@@ -90,29 +88,36 @@ class Loader:
     def __init__(self, pack: Pack, options: Options) -> None:
         self.pack, self.options = pack, options
         self.ladder = ladder_of(pack.manifest)
-        self._work = Workload(options.context, dtype_of(pack.manifest, options.dtype))
+        forms = [rung.form for rung in self.ladder.certified] if options.max_loss > 0 else ["exact"]
+        self._work = Workload(options.context, dtype_of(pack.manifest, options.dtype), tuple(forms))
         self._dtype = TORCH_DTYPES[self._work.dtype]
         process.steady_malloc()
+        process.bound_kernel_caches()
         if options.threads is not None:
             torch.set_num_threads(options.threads)
 
     def within_process(self, memory: int) -> Any:
         """The model, with experts in what the rest of the process leaves of `memory` bytes."""
+        check_possible(memory)
+        before = process.resident()
         least = Planner(self.ladder, Costs.unknown()).smallest(self.options.max_loss)
-        self._refuse_below(beside_experts(self.pack.manifest, self._work, process.resident_bytes()) + least, memory)
+        self._refuse_below(beside_experts(self.pack.manifest, self._work, before.total) + least, memory)
+        planner = self.planner()  # measures while there is room to
         model = self._skeleton()
-        warm = self._warm_up(model)
-        overhead = warm.peak_bytes + MARGIN_BYTES
-        self._refuse_below(overhead + least, memory)
-        plan = self.planner(warm).best(memory - overhead, self.options.max_loss)
-        return self._serve(model, plan, memory - overhead, memory=memory)
+        warm = warm_up(model, self._maths(model), self._work)
+        unseen = unseen_bytes(max(warm.file_backed, before.file_backed + FIRST_USE_FILE_BYTES), memory)
+        beside = warm.anonymous + unseen
+        self._refuse_below(beside + least, memory)
+        plan = timed(planner, warm).best(memory - beside, self.options.max_loss)
+        return self._serve(model, plan, memory - beside, Promise(memory, beside, unseen), warm.earlier_peak)
 
     def within_experts(self, budget: int) -> Any:
         """The model, with experts in `budget` bytes."""
-        self.planner().best(budget, self.options.max_loss)  # refuses before anything is loaded
-        model = self._skeleton()
-        plan = self.planner(self._warm_up(model)).best(budget, self.options.max_loss)
-        return self._serve(model, plan, budget)
+        Planner(self.ladder, Costs.unknown()).best(budget, self.options.max_loss)  # refuses before anything is loaded
+        planner, model = self.planner(), self._skeleton()
+        warm = warm_up(model, self._maths(model), replace(self._work, context=FIRST_TOKENS))
+        plan = timed(planner, warm).best(budget, self.options.max_loss)
+        return self._serve(model, plan, budget, earlier_peak=warm.earlier_peak)
 
     def resident(self, form: str) -> Any:
         """The model with every expert in `form` in memory: the reference of comparisons."""
@@ -128,29 +133,21 @@ class Loader:
         parts = FORM_PARTS[form]
         return max(sum(layer.parts[p].rows * align(layer.parts[p].nbytes, PAGE) for p in parts) for layer in layers)
 
-    def planner(self, warm: WarmUp | None = None) -> Planner:
-        """A planner with this device's rates; `warm` says what a token costs beside its experts."""
-        framework_ms = Band(warm.low_ms, warm.high_ms) if warm else None
-        return Planner(self.ladder, measured_costs(self.pack, perf_counter, framework_ms))
+    def planner(self) -> Planner:
+        """A planner with this device's rates; what a token costs beside its experts is not known yet."""
+        return Planner(self.ladder, measured_costs(self.pack, perf_counter))
 
     def _skeleton(self) -> Any:
         return load_skeleton(self.pack.folder, self._dtype)
 
     def _refuse_below(self, needed: int, memory: int) -> None:
         if memory < needed:
+            smallest = needed + NOISE_BYTES
             raise DoesNotFit(
-                f"{self.pack.folder} needs at least --memory {needed} ({format_size(needed)}) for a context of "
+                f"{self.pack.folder} needs at least --memory {smallest} ({format_size(smallest)}) for a context of "
                 f"{self.options.context} tokens; {format_size(memory)} were given.",
-                needed,
+                smallest,
             )
-
-    def _warm_up(self, model: Any) -> WarmUp:
-        maths = self._maths(model)
-        sizes = [self.pack.manifest.site(layer).expert_bytes_bf16 for layer in range(len(maths))]
-        attach(
-            model, [WarmLayer(math, self) if at == np.argmax(sizes) else WarmLayer() for at, math in enumerate(maths)]
-        )
-        return warm_up(model, self._work)
 
     def _maths(self, model: Any) -> list[SiteMath]:
         return [
@@ -158,7 +155,9 @@ class Loader:
             for layer, (_, module) in enumerate(experts_modules(model))
         ]
 
-    def _serve(self, model: Any, plan: Plan, capacity: int, *, memory: int | None = None) -> Any:
+    def _serve(
+        self, model: Any, plan: Plan, capacity: int, promise: Promise | None = None, earlier_peak: int = 0
+    ) -> Any:
         manifest = self.pack.manifest
         cache = BlobCache(self.pack, capacity, largest_group=self._largest_group(plan))
         if plan.floor is not None:
@@ -166,7 +165,8 @@ class Loader:
             cache.hold([blob for expert in manifest.expert_ids for blob in manifest.blobs(expert, floor)])
         serving = Serving(manifest, cache, plan, Ledger(self.ladder, self.options.max_loss))
         attach(model, [ServedLayer(at, math, serving) for at, math in enumerate(self._maths(model))])
-        object.__setattr__(model, "comoe", Comoe(self.pack, serving, self.options.context, memory))
+        handle = Comoe(self.pack, serving, self.options.context, promise, earlier_peak)
+        object.__setattr__(model, "comoe", handle)
         return model
 
     def _largest_group(self, plan: Plan) -> int:
@@ -176,21 +176,6 @@ class Loader:
         return max(sum(align(layer.parts[part].nbytes, PAGE) for part in parts) for layer in self.pack.manifest.layers)
 
 
-class WarmLayer:
-    """Stands for a layer's experts while memory is measured: the largest chunk that one expert may have to compute.
-
-    Without `maths` it only adds nothing; one layer's work is enough, since layers run one after the other.
-    """
-
-    def __init__(self, maths: SiteMath | None = None, loader: Loader | None = None) -> None:
-        self._maths, self._loader = maths, loader
-
-    def forward(self, module: nn.Module, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
-        if self._maths is not None and self._loader is not None:
-            chunk = x[:CHUNK_TOKENS]
-            waiting = torch.zeros((chunk.shape[0] * index.shape[1], x.shape[1]), dtype=x.dtype)
-            for form in self._loader.pack.manifest.forms:
-                blobs = [np.zeros(layout(self._maths.site, part).nbytes, np.uint8) for part in FORM_PARTS[form]]
-                self._maths.run(form, blobs, chunk)
-            del waiting
-        return torch.zeros_like(x)
+def timed(planner: Planner, warm: WarmUp) -> Planner:
+    """`planner`, with what a token was measured to cost beside its experts."""
+    return replace(planner, costs=replace(planner.costs, framework_ms=Band(warm.low_ms, warm.high_ms)))
