@@ -1,5 +1,6 @@
 """What a device has: limits read from other machines' /proc and /sys, rates by a clock that only moves when told."""
 
+import ctypes
 import mmap
 import os
 from collections.abc import Callable
@@ -10,8 +11,8 @@ import pytest
 from sources import MemorySource
 
 from comoe.device import memory, probe, process
-from comoe.device.memory import MemoryLimit, cgroup_limits, cgroup_version, machine_memory, memory_limit
-from comoe.types import BlobId
+from comoe.device.memory import MemoryLimit, cgroup_limits, cgroup_version, check_possible, machine_memory, memory_limit
+from comoe.types import BlobId, UsageError
 
 GIB, MIB = 1 << 30, 1 << 20
 V1_UNLIMITED = "9223372036854771712"
@@ -109,6 +110,20 @@ def test_a_machine_that_says_nothing_of_its_memory_is_a_key_error(machine: Machi
         machine_memory(root)
 
 
+def test_a_budget_beyond_a_hard_limit_is_refused_with_what_sets_it(machine: Machine) -> None:
+    root = machine("0::/a\n", {"a/memory.max": 4 * GIB}, available=MIB)
+    check_possible(4 * GIB, root)  # what happens to be free now is no hard limit
+    with pytest.raises(UsageError, match=rf"memory\.max allows: give at most {4 * GIB}"):
+        check_possible(4 * GIB + 1, root)
+
+
+def test_without_groups_a_budget_may_be_all_of_the_machines_memory(machine: Machine) -> None:
+    root = machine("0::/\n", {})
+    check_possible(64 * GIB, root)
+    with pytest.raises(UsageError, match="MemTotal"):
+        check_possible(64 * GIB + 1, root)
+
+
 @pytest.mark.parametrize(
     ("files", "version"),
     [
@@ -191,6 +206,43 @@ def test_a_disk_is_measured_by_reading_a_new_file_once(tmp_path: Path) -> None:
     assert len(set(data)) == 256  # not zeros, which a disk may never store
 
 
+TOUCHED = 48 * MIB
+
+
+def touched(flags: int, fd: int = -1) -> mmap.mmap:
+    """`TOUCHED` bytes of memory that are really there."""
+    found = mmap.mmap(fd, TOUCHED, flags=flags)
+    np.frombuffer(found, np.uint8)[::4096] = 1
+    return found
+
+
+def test_memory_that_is_touched_is_resident_and_anonymous_until_it_is_given_back() -> None:
+    before = process.resident()
+    block = touched(mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    held = process.resident()
+    block.close()
+    after = process.resident()
+    assert held.anonymous - before.anonymous == pytest.approx(TOUCHED, rel=0.1)
+    assert held.anonymous - after.anonymous == pytest.approx(TOUCHED, rel=0.1)
+    assert abs(held.file_backed - before.file_backed) < 0.1 * TOUCHED
+
+
+def test_pages_of_a_file_are_resident_and_not_anonymous(tmp_path: Path) -> None:
+    (tmp_path / "data").write_bytes(bytes(TOUCHED))
+    before = process.resident()
+    with (tmp_path / "data").open("r+b") as file:
+        block = touched(mmap.MAP_SHARED, file.fileno())
+    held = process.resident()
+    block.close()
+    assert held.file_backed - before.file_backed == pytest.approx(TOUCHED, rel=0.1)
+    assert abs(held.anonymous - before.anonymous) < 0.1 * TOUCHED
+
+
+def test_resident_bytes_are_anonymous_and_file_backed_together() -> None:
+    assert process.resident_bytes() == pytest.approx(process.resident().total, rel=0.05)
+    assert process.resident_bytes() == pytest.approx(process._status("VmRSS"), rel=0.05)
+
+
 def test_pages_are_counted_in_the_machines_own_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """A Raspberry Pi 5 has pages of 16 KiB."""
     small = process.resident_bytes()
@@ -198,6 +250,50 @@ def test_pages_are_counted_in_the_machines_own_size(monkeypatch: pytest.MonkeyPa
     assert process.resident_bytes() == pytest.approx(4 * small, rel=0.05)
 
 
+def clear_refs_works() -> bool:
+    try:
+        process.reset_peak()
+    except OSError:
+        return False
+    return True
+
+
+def test_a_peak_is_remembered_until_it_is_reset() -> None:
+    touched(mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS).close()
+    high = process.peak_bytes()
+    assert high >= process.resident_bytes() + 0.9 * TOUCHED
+    if clear_refs_works():
+        assert process.peak_bytes() <= high - 0.9 * TOUCHED
+
+
 def test_an_unknown_figure_is_a_key_error() -> None:
     with pytest.raises(KeyError):
         process._status("VmNothing")
+
+
+def test_trimming_gives_freed_memory_back_even_below_what_is_still_used() -> None:
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "malloc_trim"):
+        return
+    process.steady_malloc()
+    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    libc.free.argtypes = [ctypes.c_void_p]
+    blocks = [libc.malloc(100_000) for _ in range(400)]
+    for block in blocks:
+        ctypes.memset(block, 1, 100_000)
+    last = blocks.pop()
+    for block in blocks:
+        libc.free(block)
+    held = process.resident().anonymous
+    process.trim_malloc()
+    freed = held - process.resident().anonymous
+    libc.free(last)
+    assert freed > 0.8 * 400 * 100_000
+
+
+def test_the_environment_decides_how_much_compiled_code_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in process.KERNEL_CACHES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(process.KERNEL_CACHES[0], "7")
+    process.bound_kernel_caches()
+    assert [os.environ[name] for name in process.KERNEL_CACHES] == ["7", str(process.KEPT_KERNELS)]
