@@ -133,6 +133,23 @@ def test_a_file_that_vanishes_before_it_can_be_opened_again_is_a_named_error(
     file.close()
 
 
+def test_a_read_that_is_refused_while_another_thread_falls_back_falls_back_too(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, really_read = DirectFile(path), os.preadv
+
+    def preadv(fd: int, *rest: Any) -> int:
+        if not is_direct(fd):
+            return really_read(fd, *rest)
+        file._fall_back()  # the other thread was refused first
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    into = page_buffer(10)
+    file.read(0, into, 10)
+    assert into[:10] == DATA[:10]
+
+
 @pytest.mark.parametrize("code", [errno.EIO, errno.EBADF])
 def test_a_failing_disk_is_a_named_error(path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
     file = DirectFile(path)

@@ -46,8 +46,9 @@ class DirectFile:
 
     def read(self, offset: int, into: memoryview, nbytes: int) -> None:
         """Fill `into[:nbytes]` from `offset`. Raises PackError where the file ends earlier or cannot be read."""
+        direct = self.direct
         try:
-            if not self.direct:
+            if not direct:
                 self._read_buffered(offset, into[:nbytes])
             elif offset % PAGE == 0 and len(into) >= align(nbytes, PAGE) and _is_page_aligned(into):
                 self._read_into(offset, into[: align(nbytes, PAGE)], nbytes)
@@ -55,8 +56,8 @@ class DirectFile:
                 with self._bounce.turn:
                     self._read_bounced(offset, into[:nbytes])
         except OSError as error:
-            if self.direct and error.errno == errno.EINVAL:
-                self._fall_back()
+            if direct and error.errno == errno.EINVAL:
+                self._fall_back()  # again where another thread just did: that changes nothing
                 return self.read(offset, into, nbytes)
             raise PackError(f"cannot read {self.path} at {offset}: {error.strerror}.") from error
 
