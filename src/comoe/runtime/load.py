@@ -13,7 +13,7 @@ from comoe.device.costs import measured_costs
 from comoe.device.memory import check_possible, memory_limit
 from comoe.memory.cache import BlobCache
 from comoe.plan.cost import Costs
-from comoe.plan.footprint import FIRST_USE_FILE_BYTES, NOISE_BYTES, Workload, beside_experts, unseen_bytes
+from comoe.plan.footprint import FIRST_USE_FILE_BYTES, Workload, advised, beside_experts, unseen_bytes
 from comoe.plan.ladder import Band, ladder_of
 from comoe.plan.ledger import Ledger
 from comoe.plan.planner import Plan, Planner, uniform
@@ -88,8 +88,8 @@ class Loader:
     def __init__(self, pack: Pack, options: Options) -> None:
         self.pack, self.options = pack, options
         self.ladder = ladder_of(pack.manifest)
-        forms = [rung.form for rung in self.ladder.certified] if options.max_loss > 0 else ["exact"]
-        self._work = Workload(options.context, dtype_of(pack.manifest, options.dtype), tuple(forms))
+        forms = self.ladder.forms(options.max_loss)
+        self._work = Workload(options.context, dtype_of(pack.manifest, options.dtype), forms)
         self._dtype = TORCH_DTYPES[self._work.dtype]
         process.steady_malloc()
         process.bound_kernel_caches()
@@ -98,6 +98,7 @@ class Loader:
 
     def within_process(self, memory: int) -> Any:
         """The model, with experts in what the rest of the process leaves of `memory` bytes."""
+        memory -= memory % PAGE  # as limits are kept
         check_possible(memory)
         before = process.resident()
         least = Planner(self.ladder, Costs.unknown()).smallest(self.options.max_loss)
@@ -123,9 +124,13 @@ class Loader:
         """The model with every expert in `form` in memory: the reference of comparisons."""
         return self.streamed(form, self.ladder.rung(form).nbytes)
 
-    def streamed(self, form: str, capacity: int) -> Any:
-        """The model with every expert in `form` and at most `capacity` bytes of them in memory."""
-        return self._serve(self._skeleton(), uniform(self.ladder, form), capacity)
+    def streamed(self, form: str, capacity: int, earlier: Any = None) -> Any:
+        """The model with every expert in `form` and at most `capacity` bytes of them in memory.
+
+        `earlier` is a model of the same pack and dtype that has served and is now served anew, not loaded again.
+        """
+        model = self._skeleton() if earlier is None else earlier
+        return self._serve(model, uniform(self.ladder, form), capacity)
 
     def largest_layer(self, form: str) -> int:
         """Memory of all experts of the largest layer in `form`."""
@@ -142,7 +147,7 @@ class Loader:
 
     def _refuse_below(self, needed: int, memory: int) -> None:
         if memory < needed:
-            smallest = needed + NOISE_BYTES
+            smallest = advised(needed)
             raise DoesNotFit(
                 f"{self.pack.folder} needs at least --memory {smallest} ({format_size(smallest)}) for a context of "
                 f"{self.options.context} tokens; {format_size(memory)} were given.",
