@@ -27,8 +27,8 @@ answer; all in float32. The tests do the same, on the transformers release that 
 - **runs**: what computes an expert for up to eight tokens: the C kernel, or torch; beyond, it is torch for all.
 - **weights**: what the experts' matrices have beyond the usual: stored (in, out), with biases, with norms.
 - **forms**: what a pack can hold beside the exact experts. Merged experts need calibration, so a model that generates.
-- **bit-equal**: the same to the bit with all experts in memory, with one per layer, and with one to three in all, the
-  cache being resized before every layer; with the kernel and without.
+- **bit-equal**: the same to the bit with all experts in memory, with one per layer, with one in all, and with a cache
+  that is resized before every layer; with the kernel and without.
 - **allclose**: logits within 1e-5 of those of eager transformers. **greedy**: the same tokens.
 - **control**: with every expert's neighbour in its place, logits differ.
 

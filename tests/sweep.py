@@ -53,11 +53,12 @@ class Ways(NamedTuple):
 
 
 class Resized(NamedTuple):
-    """An answer from a cache that was resized before every layer.
+    """Answers from a cache of one expert, and from one that was resized before every layer.
 
     `uses` are what routers asked for in the prompt, by site: (N, K) for every call; `prompts` the prompts' lengths.
     """
 
+    smallest: Answer
     answer: Answer
     uses: list[list[Tensor]]
     prompts: set[int]
@@ -97,6 +98,7 @@ class Subject:
         self, family: str, folder: Path, dtype: torch.dtype = torch.float32, checkpoint: Path | None = None
     ) -> None:
         self.family, self.dtype = family, dtype
+        self._model: Any = None
         self.checkpoint, self.pack = checkpoint or folder / "checkpoint", folder / "pack"
         if checkpoint is None:
             save_random(family, self.checkpoint, dtype)
@@ -113,9 +115,10 @@ class Subject:
 
     @contextmanager
     def served(self, form: str = "exact", capacity: int | None = None, kind: type[Pack] = Pack) -> Iterator[Any]:
-        """The model with its experts in `form`: all in memory, or in `capacity` bytes."""
+        """The model with experts in `form`: all in memory, or in `capacity` bytes. Its dense part is loaded once."""
         loader = Loader(kind(self.pack), Options(**self._options))
-        model = loader.resident(form) if capacity is None else loader.streamed(form, capacity)
+        room = loader.ladder.rung(form).nbytes if capacity is None else capacity
+        model = self._model = loader.streamed(form, room, self._model)
         with model.comoe:
             yield model
 
@@ -144,15 +147,20 @@ class Subject:
 
     @cached_property
     def resized(self) -> Resized:
-        """With room for one to three experts, another number before every layer."""
+        """With room for one expert; then for another number before every layer.
+
+        Most sizes keep all but a few, so that experts of a layer are there out of order.
+        """
+        total = self.num_experts
+        counts = (total, total - 2, total - 1, total - 3, total, 2, total - 1, 1)
         with self.served(capacity=self.expert_bytes) as model:
-            sizes = cycle(self.expert_bytes * count for count in (1, 3, 2))
+            smallest, sizes = answer(model), cycle(self.expert_bytes * count for count in counts)
             layers = [Watched(module, model.comoe, sizes) for _, module in experts_modules(model)]
             inputs = inputs_of(model)
             with torch.no_grad():
                 model(**inputs)
             uses = [list(layer.uses) for layer in layers]
-            return Resized(answer(model), uses, {ids.numel() for ids in inputs.values()})
+            return Resized(smallest, answer(model), uses, {ids.numel() for ids in inputs.values()})
 
     @cached_property
     def shifted(self) -> Answer:
@@ -221,8 +229,8 @@ def finding(subject: Subject) -> Finding:
         runs="kernel" if subject.resident.calls else "torch",
         weights=_weights(checkpoint),
         forms=" ".join(form for form in subject.manifest.forms if form != "exact"),
-        bit_equal=subject.resident.equals(subject.budgeted[0])
-        and subject.resized.answer.equals(subject.resident.kernel),
+        bit_equal=subject.budgeted[0].equals(subject.resident)
+        and all(found.equals(resident) for found in (subject.resized.smallest, subject.resized.answer)),
         allclose=torch.allclose(resident.logits, eager.logits, rtol=TOLERANCE, atol=TOLERANCE),
         greedy=None if eager.tokens is None else resident.tokens == eager.tokens,
         control=differs(subject.shifted, eager),

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from families import TOP_K
 from models import edit_config, save_random
 from quantised import WEIGHTS, save_fp8, save_mxfp4, save_plain
 from safetensors.torch import load_file, save_file
@@ -81,7 +82,7 @@ def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
 
 def test_a_sound_checkpoint_opens(folder: Path) -> None:
     checkpoint = Checkpoint.open(folder)
-    assert (len(checkpoint.sites), checkpoint.dtype, checkpoint.experts_per_token) == (4, "bfloat16", 2)
+    assert (len(checkpoint.sites), checkpoint.dtype, checkpoint.experts_per_token) == (4, "bfloat16", TOP_K)
 
 
 def test_a_sharded_checkpoint_gives_the_same_experts(sound: Path, folder: Path) -> None:
