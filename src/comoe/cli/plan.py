@@ -1,9 +1,11 @@
 """`comoe plan`: what a pack could do in a budget, before anything is loaded."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from time import perf_counter
-from typing import Annotated
+from typing import Annotated, Any
 
 from typer import Option
 
@@ -12,12 +14,11 @@ from comoe.cli.terminal import print_json, print_table
 from comoe.device import process
 from comoe.device.costs import measured_costs
 from comoe.device.memory import memory_limit
-from comoe.plan.footprint import INTERPRETER_BYTES, Workload, beside_experts
-from comoe.plan.ladder import ladder_of
+from comoe.plan.footprint import INTERPRETER_BYTES, Workload, advised, beside_experts
+from comoe.plan.ladder import Ladder, ladder_of
 from comoe.plan.planner import Plan, Planner, frontier
-from comoe.store.manifest import Manifest
 from comoe.store.pack import Pack
-from comoe.types import DoesNotFit
+from comoe.types import DoesNotFit, UsageError
 from comoe.units import format_size, parse_budget, parse_link, parse_size
 
 DEFAULT_CONTEXT = 2048
@@ -53,10 +54,11 @@ def command(
     if link is not None:
         rate, latency = parse_link(link)
         planner = replace(planner, costs=replace(planner.costs, read_bps=rate, read_latency_s=latency))
-    budget, beside = _expert_budget(wished, opened.manifest, context or DEFAULT_CONTEXT)
+    budget, beside = _expert_budget(wished, opened, planner.ladder, context or DEFAULT_CONTEXT)
     offered = wished.max_loss if exact or max_loss is not None else OFFERED_LOSS
     plans = frontier(planner, budget, offered)
-    smallest = planner.smallest(wished.max_loss) + beside
+    smallest = planner.smallest(wished.max_loss)
+    smallest = advised(smallest + beside) if wished.expert_memory is None else smallest
     fits = any(plan.loss.high <= wished.max_loss for plan in plans)
     if json:
         shown = [plan.document() for plan in plans]
@@ -90,19 +92,26 @@ def _row(plan: Plan) -> list[str]:
     ]
 
 
-def _expert_budget(wished: Wish, manifest: Manifest, context: int) -> tuple[int, int]:
+def _expert_budget(wished: Wish, pack: Pack, ladder: Ladder, context: int) -> tuple[int, int]:
     """(bytes for experts, bytes that the process needs beside them)."""
     if wished.expert_memory is not None:
-        return parse_budget(wished.expert_memory, manifest.expert_bytes_bf16), 0
-    beside = beside_experts(manifest, Workload(context, manifest.dtype), _interpreter_bytes())
+        return parse_budget(wished.expert_memory, pack.manifest.expert_bytes_bf16), 0
+    work = Workload(context, pack.manifest.dtype, ladder.forms(wished.max_loss))
+    beside = beside_experts(pack.manifest, work, _interpreter_bytes(pack.folder))
     whole = parse_size(wished.memory) if wished.memory is not None else memory_limit().nbytes
     return whole - beside, beside
 
 
-def _interpreter_bytes() -> int:
-    """What Python takes with all that a run imports, where that is installed."""
+def _interpreter_bytes(pack: Path) -> int:
+    """What Python takes with all that a run imports, and the tokenizer, where that is installed."""
     try:
         import comoe.runtime.load  # noqa: F401
+        from comoe.runtime.generate import tokenizer_of
     except ModuleNotFoundError:
         return INTERPRETER_BYTES
-    return process.resident_bytes()
+    held: Any = None
+    with suppress(UsageError):  # without a tokenizer nothing could run
+        held = tokenizer_of(pack)
+    nbytes = process.resident_bytes()
+    del held
+    return nbytes

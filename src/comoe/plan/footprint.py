@@ -6,6 +6,7 @@ docs/decisions/012-memory.md.
 
 from dataclasses import dataclass
 
+from comoe.store.layout import PAGE, align
 from comoe.store.manifest import Manifest
 from comoe.types import DTYPE_BYTES, Site
 
@@ -55,6 +56,11 @@ def beside_experts(manifest: Manifest, work: Workload, interpreter: int) -> int:
     weights = manifest.dense_bytes * work.itemsize // DTYPE_BYTES[manifest.dtype]
     needed = weights + kv_bytes(manifest, work) + activation_bytes(manifest, work)
     return interpreter + FIRST_USE_BYTES + MARGIN_BYTES + int(needed * (1 + ALLOCATOR_SHARE))
+
+
+def advised(needed: int) -> int:
+    """The budget to ask for where `needed` bytes were missing: in whole pages, as limits are kept."""
+    return align(needed + NOISE_BYTES, PAGE)
 
 
 def unseen_bytes(file_backed: int, memory: int) -> int:

@@ -99,6 +99,10 @@ class Ladder:
     def certified(self) -> tuple[Rung, ...]:
         return tuple(rung for rung in self.rungs if rung.loss is not None)
 
+    def forms(self, max_loss: float) -> tuple[str, ...]:
+        """The forms that a plan within `max_loss` may serve."""
+        return tuple(rung.form for rung in self.certified) if max_loss > 0 else (self.exact.form,)
+
     def rung(self, form: str) -> Rung:
         """KeyError where the pack has no such form."""
         return {rung.form: rung for rung in self.rungs}[form]
