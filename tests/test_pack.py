@@ -10,10 +10,11 @@ import pytest
 import torch
 from commands import calibration_text, spawn
 from safetensors.torch import load_file, save_file
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from comoe.make.pack import Recipe, pack, texts_of
 from comoe.store.pack import Pack
-from comoe.types import MissingShard, NotFinite, StorageFull, TruncatedShard, UsageError
+from comoe.types import CheckpointError, MissingShard, NotFinite, StorageFull, TruncatedShard, UsageError
 
 TOKENS = 4096
 QUIET = lambda step, done: None  # noqa: E731
@@ -138,6 +139,31 @@ def test_a_damaged_checkpoint_is_refused_before_anything_is_written(
     with pytest.raises(error):
         pack(tmp_path / "source", tmp_path / "p", Recipe(), QUIET)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+def test_experts_whose_rows_do_not_divide_into_groups_stay_exact(tmp_path: Path) -> None:
+    config = MixtralConfig(
+        vocab_size=64,
+        hidden_size=40,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=4,
+    )
+    MixtralForCausalLM(config).save_pretrained(tmp_path / "source")
+    report = pack(tmp_path / "source", tmp_path / "p", Recipe(), QUIET)
+    assert report.forms == Pack(tmp_path / "p").manifest.forms == ("exact",)
+
+
+def test_weights_beyond_float16_scales_are_refused_by_name(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    file = damaged(tiny_checkpoint, tmp_path / "huge")
+    tensors = load_file(file)
+    name = "model.layers.0.mlp.experts.2.down_proj.weight"
+    tensors[name] = torch.full_like(tensors[name], 1e7)
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"expert 2, down_proj cannot be quantised.*--forms exact"):
+        pack(tmp_path / "huge", tmp_path / "p", Recipe(), QUIET)
 
 
 def test_a_pack_of_that_name_is_not_overwritten(packed: Path, tiny_checkpoint: Path) -> None:

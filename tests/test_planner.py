@@ -13,7 +13,7 @@ from ladders import bounds, costs, ladder, ladders
 from comoe.memory.cache import BlobCache
 from comoe.plan.cost import Costs, hit_rate
 from comoe.plan.ladder import Band, Ladder, Rung
-from comoe.plan.planner import Plan, Planner, frontier, uniform
+from comoe.plan.planner import TIE, Plan, Planner, frontier, uniform
 from comoe.types import DoesNotFit
 
 MIB = 1 << 20
@@ -87,13 +87,31 @@ def test_neither_the_budget_nor_the_bound_is_ever_exceeded(planner: Planner, sha
 
 @given(planners, shares, bounds)
 @settings(deadline=None, max_examples=200)
-def test_no_pair_of_rungs_is_faster_and_some_fit_where_a_plan_is_found(
+def test_no_pair_of_rungs_is_faster_beyond_a_tie_and_some_fit_where_a_plan_is_found(
     planner: Planner, share: float, bound: float
 ) -> None:
     budget = budget_of(planner, share)
     best = min(fastest_ms(planner, floor, target, budget, bound) for floor, target in pairs(planner.ladder, bound))
     plan = plan_of(planner, budget, bound)
-    assert (plan.ms_per_token.high if plan else inf) == pytest.approx(best)
+    if plan is None:
+        assert best == inf
+        return
+    assert best * (1 - 1e-9) <= plan.ms_per_token.high <= best * (1 + TIE) * (1 + 1e-9)
+
+
+@given(planners, shares, bounds)
+@settings(deadline=None)
+def test_of_plans_that_are_equally_fast_the_one_that_loses_least_is_taken(
+    planner: Planner, share: float, bound: float
+) -> None:
+    budget = budget_of(planner, share)
+    plan = plan_of(planner, budget, bound)
+    assume(plan is not None and bound > 0)
+    assert plan is not None
+    exact = fastest_ms(planner, None, planner.ladder.exact, budget, bound)
+    best = min(fastest_ms(planner, floor, target, budget, bound) for floor, target in pairs(planner.ladder, bound))
+    if exact < best * (1 + TIE) * (1 - 1e-9):
+        assert plan.loss.high == 0
 
 
 @given(planners, bounds)
@@ -131,23 +149,23 @@ def test_in_the_smallest_budget_a_cache_can_serve_the_largest_expert(planner: Pl
 
 @given(planners, shares, shares, bounds)
 @settings(deadline=None)
-def test_more_memory_is_never_slower(planner: Planner, one: float, other: float, bound: float) -> None:
+def test_more_memory_is_never_slower_beyond_a_tie(planner: Planner, one: float, other: float, bound: float) -> None:
     less, more = (plan_of(planner, budget_of(planner, share), bound) for share in sorted((one, other)))
     assume(less is not None)
     assert less is not None and more is not None
-    assert more.ms_per_token.high <= less.ms_per_token.high * (1 + 1e-9)
+    assert more.ms_per_token.high <= less.ms_per_token.high * (1 + TIE)
 
 
 @given(planners, shares, bounds, bounds)
 @settings(deadline=None)
-def test_a_looser_bound_is_never_slower_and_fits_where_a_tighter_one_does(
+def test_a_looser_bound_is_never_slower_beyond_a_tie_and_fits_where_a_tighter_one_does(
     planner: Planner, share: float, one: float, other: float
 ) -> None:
     budget = budget_of(planner, share)
     tight, loose = (plan_of(planner, budget, bound) for bound in sorted((one, other)))
     assume(tight is not None)
     assert tight is not None and loose is not None
-    assert loose.ms_per_token.high <= tight.ms_per_token.high * (1 + 1e-9)
+    assert loose.ms_per_token.high <= tight.ms_per_token.high * (1 + TIE)
 
 
 @given(planners, shares, bounds)
@@ -206,7 +224,7 @@ def test_a_floor_takes_as_many_misses_as_the_bound_leaves_beside_the_target() ->
     assert plan.start_seconds == pytest.approx(2 * MIB / 1e7)
 
 
-@pytest.mark.parametrize(("share", "floor"), [(0.1, None), (0.2, None), (0.3, "q4"), (0.5, "q4"), (0.7, None)])
+@pytest.mark.parametrize(("share", "floor"), [(0.1, None), (0.2, None), (0.3, None), (0.5, "q4"), (0.7, None)])
 def test_a_floor_enters_where_its_bytes_serve_better_than_a_larger_cache(share: float, floor: str | None) -> None:
     """The invented ladder of docs/decisions/003, under uniform use: q8 is streamed, in the middle above a q4 floor."""
     sizes = {"merged": 280_000, "high": 280_000, "low": 250_000, "exact": 1_000_000}

@@ -20,7 +20,7 @@ from comoe.store.blobfile import BlobWriter, read_header
 from comoe.store.checkpoint import Checkpoint
 from comoe.store.layout import group_size, layout, quantised
 from comoe.store.manifest import LayerEntry, LeafEntry, PartEntry
-from comoe.types import Leaf, Site
+from comoe.types import CheckpointError, Leaf, Site
 
 MIN_TOKENS = 64
 """With fewer calibration tokens an expert's weights are rounded to nearest, not compensated."""
@@ -164,7 +164,11 @@ def _planes(layer: Layer, index: int, tensors: dict[str, Tensor]) -> dict[tuple[
             continue
         group = group_size(leaf.cols)
         assert group is not None
-        planes = quantise(oriented(leaf, tensors[leaf.name]), group, grams.get(leaf.name))
+        try:
+            planes = quantise(oriented(leaf, tensors[leaf.name]), group, grams.get(leaf.name))
+        except ValueError as error:
+            where = f"{layer.site.name}, expert {index}, {leaf.name}"
+            raise CheckpointError(f"{where} cannot be quantised: {error}; pack it with --forms exact.") from error
         assert planes.low is not None
         fields |= {
             (leaf.name, "scales"): planes.scales,

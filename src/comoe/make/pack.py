@@ -34,7 +34,7 @@ from comoe.runtime.skeleton import load_skeleton
 from comoe.store.checkpoint import Checkpoint
 from comoe.store.densefile import RawTensor, write_dense
 from comoe.store.families import experts_modules
-from comoe.store.layout import layout
+from comoe.store.layout import layout, quantised
 from comoe.store.manifest import (
     DENSE,
     FORM_PARTS,
@@ -131,6 +131,8 @@ class Packer:
         self._folder = target.with_name(f"{target.name}.partial")
         self._work = self._folder / "work"
         forms = {"exact", *recipe.forms} - (set() if recipe.texts else {"merged"})
+        if not all(any(quantised(leaf) for leaf in site.leaves) for site in checkpoint.sites):
+            forms &= {"exact"}
         self._forms = tuple(form for form in FORM_PARTS if form in forms)
         self.estimated_s = 0.0
 
@@ -138,6 +140,8 @@ class Packer:
         self._begin()
         dense_bytes = self._dense()
         self.estimated_s = self._estimate_s()
+        if dropped := [form for form in self._recipe.forms if form not in self._forms and self._recipe.texts]:
+            say(f"No rows of these experts divide into groups of 32, so there will be no {', '.join(dropped)}.")
         say(
             f"Packing {self._checkpoint.folder} takes about {format_seconds(self.estimated_s)} and "
             f"{format_size(self.estimate_bytes())} of disk."

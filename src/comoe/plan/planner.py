@@ -14,6 +14,9 @@ from comoe.plan.cost import Costs, hit_rate
 from comoe.plan.ladder import Band, Ladder, Rung
 from comoe.types import DoesNotFit
 
+TIE = 0.05
+"""Predicted times that differ by less are the same: rates are measured no better."""
+
 MIN_GROUPS = 2
 """Experts that the cache must hold beside the floor: one that computes while the next is read."""
 
@@ -59,7 +62,8 @@ class Planner:
     def best(self, budget: int, max_loss: float, *, name: str = "bounded") -> Plan:
         """The fastest plan in `budget` bytes of expert memory with at most `max_loss` predicted loss.
 
-        Raises DoesNotFit with the smallest budget at which there is one.
+        Of plans that are as fast within `TIE`, the one that loses least: a bound is a permission, not a wish. Raises
+        DoesNotFit with the smallest budget at which there is one.
         """
         plans = [
             plan
@@ -69,7 +73,9 @@ class Planner:
         if not plans:
             smallest = self.smallest(max_loss)
             raise DoesNotFit(f"experts need at least {smallest} bytes of memory, {budget} were given.", smallest)
-        return min(plans, key=lambda plan: (plan.ms_per_token.high, plan.loss.high))
+        fastest = min(plan.ms_per_token.high for plan in plans)
+        tied = [plan for plan in plans if plan.ms_per_token.high <= fastest * (1 + TIE)]
+        return min(tied, key=lambda plan: (plan.loss.high, plan.ms_per_token.high))
 
     def smallest(self, max_loss: float) -> int:
         """The least expert memory at which `best` finds a plan."""
