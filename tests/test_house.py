@@ -35,8 +35,7 @@ FLOORS = {
 TORCH_FILES = (
     "store/families.py",
     "store/checkpoint.py",
-    "forms/quantise.py",
-    "forms/merge.py",
+    "forms/*.py",
     "runtime/*.py",
     "make/*.py",
     "bench/*.py",

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from comoe.kernels import native
-from comoe.kernels.matrix import Code, Matrix
+from comoe.kernels.matrix import ELEMENT_BITS, GROUP_STEPS, LOW_BITS, Code, Matrix
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="the kernel was not built")
 
@@ -34,9 +34,10 @@ def matrix(code: Code, rows: int, cols: int, rng: np.random.Generator, group: in
         return Matrix(code, rows, cols, weights.astype(np.float16).reshape(-1).view(np.uint8))
     if code is Code.BF16:
         return Matrix(code, rows, cols, (weights.view(np.uint32) >> 16).astype(np.uint16).reshape(-1).view(np.uint8))
-    nibbles = rng.integers(0, 256, (2, rows * cols // 2), np.uint8)
-    scales = rng.uniform(0.05, 0.2, rows * cols // group).astype(np.float16)
-    return Matrix(code, rows, cols, nibbles[0], group, scales, nibbles[1] if code is Code.Q8 else None)
+    high = rng.integers(0, 256, rows * cols * ELEMENT_BITS[code] // 8, np.uint8)
+    low = rng.integers(0, 256, rows * cols * LOW_BITS.get(code, 0) // 8, np.uint8)
+    scales = (rng.uniform(0.05, 0.2, rows * cols // group) * rng.choice([-1, 1])).astype(np.float16)
+    return Matrix(code, rows, cols, high, group, scales, low if code in LOW_BITS else None)
 
 
 def inputs(tokens: int, cols: int, rng: np.random.Generator) -> np.ndarray:
@@ -73,17 +74,17 @@ def test_a_plain_linear_is_a_matrix_product_whatever_its_sizes(code: Code, cols:
 
 
 @given(
-    code=st.sampled_from([Code.Q4, Code.Q8]),
+    code=st.sampled_from([Code.Q4, Code.Q8, Code.Q2, Code.Q3]),
     rows=st.integers(1, 9),
-    group=st.sampled_from([2, 6, 32, 64]),
+    steps=st.sampled_from([1, 3, 4, 8]),
     groups=st.integers(1, 5),
     tokens=st.integers(1, MAX_TOKENS),
 )
 @settings(max_examples=60, deadline=None)
 def test_a_quantised_linear_is_a_matrix_product_whatever_its_groups(
-    code: Code, rows: int, group: int, groups: int, tokens: int
+    code: Code, rows: int, steps: int, groups: int, tokens: int
 ) -> None:
-    rng = np.random.default_rng(rows)
+    rng, group = np.random.default_rng(rows), steps * GROUP_STEPS[code]
     weights, x = matrix(code, rows, group * groups, rng, group), inputs(tokens, group * groups, rng)
     off = np.abs(run_linear(weights, x) - x.astype(np.float64) @ weights.dense().T)
     assert (off <= weights.cols * EPSILON * (np.abs(x) @ np.abs(weights.dense().T))).all()
@@ -120,6 +121,17 @@ def test_dense_q8_is_an_eighth_of_the_scale_times_eight_times_high_plus_low() ->
     high, low = np.array([0xF0], np.uint8), np.array([0x0F], np.uint8)
     weights = Matrix(Code.Q8, 1, 2, high, 2, np.array([8], np.float16), low)
     assert weights.dense().tolist() == [[8 * -8 + 7, 8 * 7 - 8]]
+
+
+def test_dense_pairs_of_bits_are_read_from_the_lowest_on_and_two_means_zero() -> None:
+    weights = Matrix(Code.Q2, 1, 4, np.array([0b11_10_01_00], np.uint8), 4, np.array([-3], np.float16))
+    assert weights.dense().tolist() == [[6, 3, 0, -3]]
+
+
+def test_dense_q3_has_its_last_bit_in_the_low_plane() -> None:
+    high, low = np.array([0b11_10_01_00, 0b11_11_00_00], np.uint8), np.array([0b1010_1010], np.uint8)
+    weights = Matrix(Code.Q3, 1, 8, high, 8, np.array([2], np.float16), low)
+    assert weights.dense().tolist() == [[-8, -2, 0, 6, -8, -6, 4, 6]]
 
 
 @pytest.mark.parametrize("tokens", range(1, MAX_TOKENS + 1))
@@ -216,6 +228,12 @@ BROKEN = {
     "a short low plane": {"low": np.zeros(64, np.uint8)},
     "a low plane with gaps": {"low": np.zeros(256, np.uint8)[::2]},
 }
+
+
+@pytest.mark.parametrize(("code", "short"), [(Code.Q3, 31), (Code.Q8, 127)])
+def test_a_low_plane_has_as_many_bits_as_its_code_needs(code: Code, short: int) -> None:
+    with pytest.raises(ValueError, match="low plane"):
+        replace(matrix(code, 4, 64, np.random.default_rng(5)), low=np.zeros(short, np.uint8))
 
 
 @pytest.mark.parametrize("change", BROKEN.values(), ids=BROKEN.keys())

@@ -208,7 +208,7 @@ def test_blocks_of_columns_do_not_change_the_levels(monkeypatch: pytest.MonkeyPa
     weight = torch.randn(16, 96, generator=torch.Generator().manual_seed(10))
     x = random_inputs(10, 200, 96)
     whole = quantise(weight, 32, x.T @ x)
-    monkeypatch.setattr("comoe.forms.quantise.BLOCK_COLUMNS", 20)
+    monkeypatch.setattr("comoe.forms.compensate.BLOCK_COLUMNS", 20)
     differing = quantise(weight, 32, x.T @ x).high != whole.high
     assert differing.float().mean() < 0.01  # sums in another order flip a rounding now and then
 

@@ -1,9 +1,8 @@
 """Nested quantisation of a matrix: a 4-bit plane that stands alone, and a second that makes it 8-bit.
 
 The q4 form is w = s * high with high in [-8, 7]; q8 is w = (s / 8) * (8 * high + low) with low in [-8, 7], an exact
-integer with the same scale. High nibbles are chosen with error compensation (GPTQ: Frantar et al., 2023, section 3)
-between the floor and the ceiling of the original w / s, so that low can still reach the original. Where the planes
-lie in a blob is `store.layout`'s business.
+integer with the same scale. High nibbles are chosen with error compensation between the floor and the ceiling of the
+original w / s, so that low can still reach the original. Where the planes lie in a blob is `store.layout`'s business.
 """
 
 from dataclasses import dataclass
@@ -11,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-DAMPING = 0.01
-BLOCK_COLUMNS = 128
+from comoe.forms.compensate import compensated
+
 STEPS = 7.5
 """The largest weight of a group lies at this many steps: half a step beyond either end of [-8, 7]."""
 
@@ -70,38 +69,16 @@ def _scales(weight: Tensor, group: int) -> Tensor:
 
 
 def _compensated(steps: Tensor, scales: Tensor, gram: Tensor) -> Tensor:
-    """High levels (rows, cols), column by column; each column's error is spread over those to come.
-
-    Works in weights, w = steps * scales; levels stay between floor and ceiling of `steps`.
-    """
-    inverse = _inverse_cholesky(gram)
-    weight = steps * scales
+    """High levels (rows, cols) between floor and ceiling of `steps`, w = steps * scales."""
     floor, ceiling = steps.floor().clamp(-8, 7), steps.ceil().clamp(-8, 7)
-    high = torch.empty_like(steps)
-    for start in range(0, steps.shape[1], BLOCK_COLUMNS):
-        end = min(start + BLOCK_COLUMNS, steps.shape[1])
-        errors = torch.empty_like(weight[:, start:end])
-        for column in range(start, end):
-            scale = scales[:, column]
-            wanted = torch.nan_to_num(weight[:, column] / scale)
-            level = torch.clamp(wanted.round(), floor[:, column], ceiling[:, column])
-            high[:, column] = level
-            error = (weight[:, column] - level * scale) / inverse[column, column]
-            weight[:, column:end] -= error[:, None] * inverse[column, column:end]
-            errors[:, column - start] = error
-        weight[:, end:] -= errors @ inverse[start:end, end:]
-    return high
 
+    def rounding(column: int, weight: Tensor) -> tuple[Tensor, Tensor]:
+        scale = scales[:, column]
+        wanted = torch.nan_to_num(weight[:, column] / scale)
+        level = torch.clamp(wanted.round(), floor[:, column], ceiling[:, column])
+        return level, level * scale
 
-def _inverse_cholesky(gram: Tensor) -> Tensor:
-    """The upper Cholesky factor of the damped Gram matrix's inverse, float32 (cols, cols)."""
-    matrix = gram.double()
-    diagonal = matrix.diagonal()
-    mean = diagonal.mean().clamp(min=1e-12)
-    damped = matrix + torch.diag(torch.where(diagonal > 0, DAMPING * mean, mean))
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
-    return factor.float()
+    return compensated(steps * scales, gram, rounding)
 
 
 def _pack(levels: Tensor) -> Tensor:

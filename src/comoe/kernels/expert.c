@@ -9,7 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum code { F32 = 0, BF16 = 1, F16 = 2, Q4 = 3, Q8 = 4 };
+enum code { F32 = 0, BF16 = 1, F16 = 2, Q4 = 3, Q8 = 4, Q2 = 5, Q3 = 6 };
 enum act { RELU = 0, SILU = 1, GELU = 2, GELU_TANH = 3 };
 
 #define LANES 16
@@ -26,9 +26,9 @@ enum act { RELU = 0, SILU = 1, GELU = 2, GELU_TANH = 3 };
 typedef struct {
     int32_t code, group;
     int64_t rows, cols;
-    const uint8_t *weight;  /* elements, or nibbles + 8: first of two neighbours in the low nibble */
-    const uint16_t *scales; /* float16 (rows, cols / group), of Q4 and Q8 */
-    const uint8_t *low;     /* second plane of Q8 */
+    const uint8_t *weight;  /* elements, or nibbles + 8 or pairs of bits: the first neighbour in the lowest bits */
+    const uint16_t *scales; /* float16 (rows, cols / group), from Q4 on */
+    const uint8_t *low;     /* second plane of Q8 and Q3 */
 } comoe_matrix;
 
 INLINE float from_bits(uint32_t bits) {
@@ -44,6 +44,33 @@ INLINE float from_half(uint16_t half) {
     return from_bits(sign | (rest << 13)) * 0x1p112f;
 }
 
+/* Row `r` of a matrix of two or three bits in split order: columns 4j, then 4j + 1, 4j + 2 and 4j + 3.
+ * Long loops without branches: scales are spread over the last quarter first, which is written last. */
+INLINE void decode_low_bits(const comoe_matrix *m, int64_t r, float *restrict out) {
+    int64_t cols = m->cols, quarter = cols / 4, eighth = cols / 8, per = m->group / 4;
+    const uint8_t *two = m->weight + r * quarter;
+    const uint16_t *scales = m->scales + r * (cols / m->group);
+    float *spread = out + 3 * quarter;
+    for (int64_t g = 0; g < quarter; g += per) {
+        float scale = from_half(*scales++);
+        for (int64_t j = g; j < g + per; j++) spread[j] = scale;
+    }
+    for (int k = 0; k < 4; k++) {
+        float *o = out + k * quarter;
+        if (m->code == Q2) {
+            for (int64_t j = 0; j < quarter; j++) o[j] = spread[j] * (float)((int32_t)(two[j] >> (2 * k) & 3) - 2);
+            continue;
+        }
+        const uint8_t *one = m->low + r * eighth;
+        for (int half = 0; half < 2; half++, o += eighth) {
+            const uint8_t *t = two + half * eighth;
+            const float *s = spread + half * eighth;
+            for (int64_t j = 0; j < eighth; j++)
+                o[j] = s[j] * (float)(2 * (int32_t)(t[j] >> (2 * k) & 3) + (one[j] >> (4 * half + k) & 1) - 4);
+        }
+    }
+}
+
 /* Row `r` of `m` as floats. Quantised rows come in split order: even columns, then odd ones. */
 INLINE void decode_row(const comoe_matrix *m, int64_t r, float *restrict out) {
     int64_t cols = m->cols, half = cols / 2, per = m->group / 2;
@@ -53,6 +80,8 @@ INLINE void decode_row(const comoe_matrix *m, int64_t r, float *restrict out) {
     } else if (m->code == F16) {
         const uint16_t *w = (const uint16_t *)m->weight + r * cols;
         for (int64_t j = 0; j < cols; j++) out[j] = from_half(w[j]);
+    } else if (m->code >= Q2) {
+        decode_low_bits(m, r, out);
     } else {
         const uint8_t *high = m->weight + r * half;
         const uint16_t *scales = m->scales + r * (cols / m->group);
@@ -91,11 +120,10 @@ CLONES static void linear(const comoe_matrix *m, const float *restrict x, float 
                           float *restrict split, float *restrict row) {
     int64_t cols = m->cols;
     if (m->code >= Q4) {
+        int64_t ways = m->code >= Q2 ? 4 : 2, part = cols / ways;
         for (int64_t t = 0; t < T; t++)
-            for (int64_t j = 0; j < cols / 2; j++) {
-                split[t * cols + j] = x[t * cols + 2 * j];
-                split[t * cols + cols / 2 + j] = x[t * cols + 2 * j + 1];
-            }
+            for (int64_t k = 0; k < ways; k++)
+                for (int64_t j = 0; j < part; j++) split[t * cols + k * part + j] = x[t * cols + ways * j + k];
         x = split;
     }
     for (int64_t r = 0; r < m->rows; r++) {

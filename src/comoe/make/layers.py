@@ -1,8 +1,9 @@
 """One layer of a checkpoint as parts of a pack: what is built from an expert, and how far it is from exact."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import torch
 from blake3 import blake3
 from torch import Tensor
 
+from comoe.forms.lowbit import quantise_low
 from comoe.forms.merge import HiddenUnits, clusters, merge, output_distances
-from comoe.forms.quantise import quantise
+from comoe.forms.quantise import Planes, quantise
 from comoe.make.calibrate import LayerInputs
 from comoe.runtime.experts import SiteMath
 from comoe.runtime.hook import expert_forward, plain_activation
@@ -28,6 +30,9 @@ MIN_TOKENS = 64
 PROBE_TOKENS = 64
 ERROR_TOKENS = 128
 EXPERTS_PER_CLUSTER = 4
+
+LOW_BITS = {"q2": 2, "q3": 3}
+"""Bits of the forms that are not nested."""
 
 Parts = dict[str, PartEntry]
 
@@ -63,6 +68,9 @@ def build(layer: Layer, forms: Sequence[str], *, self_contained: bool) -> LayerE
     if "q4" in forms or "q8" in forms:
         parts |= _quantised(layer, forms, errors)
     grouped: list[int] = []
+    for form in LOW_BITS:
+        if form in forms:
+            parts[form] = _low_bits(layer, form, errors)
     if "merged" in forms and layer.inputs is not None:
         grouped = _grouping(layer)
         parts["merged"] = _merged(layer, grouped, errors)
@@ -144,7 +152,7 @@ def _quantised(layer: Layer, forms: Sequence[str], errors: dict[str, list[float]
     measured = [form for form in ("q4", "q8") if form in forms]
     for index in range(site.num_experts):
         tensors = layer.checkpoint.expert(layer.index, index)
-        planes = _planes(layer, index, tensors)
+        planes = _fields(layer, index, tensors, quantise)
         blobs = {name: blob_bytes(site, name, planes) for name in writers}
         for name, writer in writers.items():
             writer.add(blobs[name])
@@ -154,8 +162,21 @@ def _quantised(layer: Layer, forms: Sequence[str], errors: dict[str, list[float]
     return {name: layer.entry(name, writer.commit()) for name, writer in writers.items()}
 
 
-def _planes(layer: Layer, index: int, tensors: dict[str, Tensor]) -> dict[tuple[str, str], Tensor]:
-    """The fields of an expert's high and low blobs, by (leaf, plane)."""
+def _low_bits(layer: Layer, form: str, errors: dict[str, list[float]]) -> PartEntry:
+    site = layer.site
+    writer = layer.writer(form, site.num_experts)
+    for index in range(site.num_experts):
+        tensors = layer.checkpoint.expert(layer.index, index)
+        blob = blob_bytes(site, form, _fields(layer, index, tensors, partial(quantise_low, bits=LOW_BITS[form])))
+        writer.add(blob)
+        errors[form] += _error(layer, index, tensors, form, [blob])
+    return layer.entry(form, writer.commit())
+
+
+def _fields(
+    layer: Layer, index: int, tensors: dict[str, Tensor], how: Callable[..., Planes]
+) -> dict[tuple[str, str], Tensor]:
+    """The fields of an expert's blobs by (leaf, plane), its matrices quantised by `how`."""
     grams = _grams(layer, index, tensors)
     fields: dict[tuple[str, str], Tensor] = {}
     for leaf in layer.site.leaves:
@@ -165,16 +186,13 @@ def _planes(layer: Layer, index: int, tensors: dict[str, Tensor]) -> dict[tuple[
         group = group_size(leaf.cols)
         assert group is not None
         try:
-            planes = quantise(oriented(leaf, tensors[leaf.name]), group, grams.get(leaf.name))
+            planes = how(oriented(leaf, tensors[leaf.name]), group, gram=grams.get(leaf.name))
         except ValueError as error:
             where = f"{layer.site.name}, expert {index}, {leaf.name}"
             raise CheckpointError(f"{where} cannot be quantised: {error}; pack it with --forms exact.") from error
-        assert planes.low is not None
-        fields |= {
-            (leaf.name, "scales"): planes.scales,
-            (leaf.name, "high"): planes.high,
-            (leaf.name, "low"): planes.low,
-        }
+        fields |= {(leaf.name, "scales"): planes.scales, (leaf.name, "high"): planes.high}
+        if planes.low is not None:
+            fields[leaf.name, "low"] = planes.low
     return fields
 
 
@@ -234,7 +252,7 @@ def _merged(layer: Layer, grouped: Sequence[int], errors: dict[str, list[float]]
         experts = [layer.checkpoint.expert(layer.index, e) for e in members]
         merged = merge(experts, [masses[e] for e in members], hidden_units(layer.module, site))
         stored = {name: tensor.to(experts[0][name].dtype) for name, tensor in merged.items()}
-        blob = blob_bytes(site, "merged", _planes(layer, -1, stored))
+        blob = blob_bytes(site, "merged", _fields(layer, -1, stored, quantise))
         writer.add(blob)
         for expert, tensors in zip(members, experts, strict=True):
             errors["merged"] += _error(layer, expert, tensors, "merged", [blob])

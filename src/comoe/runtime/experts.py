@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from comoe.forms.lowbit import dequantise_low
 from comoe.forms.quantise import Planes, dequantise
 from comoe.kernels import native
 from comoe.kernels.matrix import Code, Matrix
@@ -30,7 +31,8 @@ HEIGHTS = (1, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 """In torch an expert's tokens are padded to one of these: oneDNN keeps half a megabyte of code, and takes milliseconds
 to write it, for every shape of matrix that it meets."""
 
-BITS = {"merged": 4, "q4": 4, "q8": 8}
+FORM_CODES = {"merged": Code.Q4, "q2": Code.Q2, "q3": Code.Q3, "q4": Code.Q4, "q8": Code.Q8}
+LOW_FORMS = ("q2", "q3")
 CODES = {"float32": Code.F32, "bfloat16": Code.BF16, "float16": Code.F16}
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "uint8": torch.uint8}
 
@@ -87,7 +89,7 @@ class SiteMath:
         if exact is not None:
             return Matrix(CODES[self.site.dtype], leaf.rows, leaf.cols, exact)
         return Matrix(
-            Code.Q8 if BITS[form] == 8 else Code.Q4,
+            FORM_CODES[form],
             leaf.rows,
             leaf.cols,
             planes[leaf.name, "high"],
@@ -102,16 +104,13 @@ class SiteMath:
             return _tensor(exact, self.site.dtype, leaf.shape).to(self._dtype)
         group = group_size(leaf.cols)
         assert group is not None
-        halves = (leaf.rows, leaf.cols // 2)
         low = planes.get((leaf.name, "low"))
-        weight = dequantise(
-            Planes(
-                scales=_tensor(planes[leaf.name, "scales"], "float16", (leaf.rows, leaf.cols // group)),
-                high=_tensor(planes[leaf.name, "high"], "uint8", halves),
-                low=None if low is None else _tensor(low, "uint8", halves),
-            ),
-            group,
-        ).to(self._dtype)
+        found = Planes(
+            scales=_tensor(planes[leaf.name, "scales"], "float16", (leaf.rows, leaf.cols // group)),
+            high=_tensor(planes[leaf.name, "high"], "uint8", (leaf.rows, -1)),
+            low=None if low is None else _tensor(low, "uint8", (leaf.rows, -1)),
+        )
+        weight = (dequantise_low if form in LOW_FORMS else dequantise)(found, group).to(self._dtype)
         return weight.t().contiguous() if leaf.transposed else weight
 
     def _planes(self, form: str, blobs: Sequence[Bytes]) -> dict[tuple[str, str], Bytes]:

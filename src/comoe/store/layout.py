@@ -3,6 +3,7 @@
 Pure arithmetic on `Site`: no tensor library, no I/O. Which parts make a form is `store.manifest`'s business.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 
@@ -64,8 +65,8 @@ def quantised(leaf: Leaf) -> bool:
 
 
 def layout(site: Site, part: str) -> Layout:
-    """Fields of the blobs of `part` (`exact`, `high`, `low` or `merged`) at `site`."""
-    planes = {"exact": _exact, "high": _high, "merged": _high, "low": _low}[part]
+    """Fields of the blobs of `part`, a key of `PART_PLANES`, at `site`."""
+    planes = PART_PLANES[part]
     fields: list[Field] = []
     end = 0
     for leaf in site.leaves:
@@ -84,15 +85,38 @@ def _exact(leaf: Leaf, dtype: str) -> Planes:
 
 def _high(leaf: Leaf, dtype: str) -> Planes:
     """Scales and high nibbles of a matrix, (out, in); anything else unchanged."""
-    if not quantised(leaf):
-        return _exact(leaf, dtype)
-    group = group_size(leaf.cols)
-    assert group is not None
-    return [
-        ("scales", "float16", (leaf.rows, leaf.cols // group)),
-        ("high", "uint8", (leaf.rows, leaf.cols // 2)),
-    ]
+    return _scaled(leaf, dtype, {"high": 2})
 
 
 def _low(leaf: Leaf, dtype: str) -> Planes:
     return [("low", "uint8", (leaf.rows, leaf.cols // 2))] if quantised(leaf) else []
+
+
+def _two_bits(leaf: Leaf, dtype: str) -> Planes:
+    return _scaled(leaf, dtype, {"high": 4})
+
+
+def _three_bits(leaf: Leaf, dtype: str) -> Planes:
+    """Two bits in one plane, the last in another."""
+    return _scaled(leaf, dtype, {"high": 4, "low": 8})
+
+
+def _scaled(leaf: Leaf, dtype: str, per_byte: dict[str, int]) -> Planes:
+    """Scales of a matrix and its planes, with so many weights in a byte; anything else unchanged."""
+    if not quantised(leaf):
+        return _exact(leaf, dtype)
+    group = group_size(leaf.cols)
+    assert group is not None
+    planes: Planes = [("scales", "float16", (leaf.rows, leaf.cols // group))]
+    return planes + [(plane, "uint8", (leaf.rows, leaf.cols // weights)) for plane, weights in per_byte.items()]
+
+
+PART_PLANES: dict[str, Callable[[Leaf, str], Planes]] = {
+    "exact": _exact,
+    "high": _high,
+    "merged": _high,
+    "low": _low,
+    "q2": _two_bits,
+    "q3": _three_bits,
+}
+"""The planes of every part's matrices."""

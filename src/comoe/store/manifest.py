@@ -21,6 +21,8 @@ MAX_MANIFEST_BYTES = 100 * 1024 * 1024
 
 FORM_PARTS: dict[str, tuple[str, ...]] = {
     "merged": ("merged",),
+    "q2": ("q2",),
+    "q3": ("q3",),
     "q4": ("high",),
     "q8": ("high", "low"),
     "exact": ("exact",),
