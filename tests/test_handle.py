@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from comoe.make.pack import Recipe, pack
-from comoe.runtime.load import load
+from comoe.runtime.load import Loader, Options, load
+from comoe.store.pack import Pack
 from comoe.types import DoesNotFit, RemoteUnavailable, UsageError
 
 PROMPT = torch.arange(5, 25)[None]
@@ -132,3 +133,16 @@ def test_load_refuses_what_it_cannot_do(packed: Path) -> None:
     with pytest.raises(DoesNotFit) as refused:
         load(packed, expert_memory=1)
     load(packed, expert_memory=refused.value.smallest).comoe.close()
+
+
+@pytest.mark.parametrize("form", ["q2", "q3"])
+def test_every_form_gives_the_same_whatever_is_in_memory(tiny_checkpoint: Path, tmp_path: Path, form: str) -> None:
+    pack(tiny_checkpoint, tmp_path / "p", Recipe(forms=(form,)), lambda step, done: None)
+    loader = Loader(Pack(tmp_path / "p"), Options())
+    rung = loader.ladder.rung(form)
+    answers = []
+    for capacity in (rung.nbytes, rung.group_beside(None)):
+        model = loader.streamed(form, capacity)
+        with model.comoe:
+            answers.append(greedy(model, 20))
+    assert answers[0] == answers[1]

@@ -17,6 +17,7 @@ from comoe.store.pack import Pack
 from comoe.types import CheckpointError, MissingShard, NotFinite, StorageFull, TruncatedShard, UsageError
 
 TOKENS = 4096
+FORMS = ("merged", "q2", "q3", "q4", "q8")
 QUIET = lambda step, done: None  # noqa: E731
 
 
@@ -32,20 +33,20 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def packed(tiny_checkpoint: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("packs") / "tiny.comoe"
-    pack(tiny_checkpoint, target, Recipe(texts=texts_of([text]), num_tokens=TOKENS), QUIET)
+    pack(tiny_checkpoint, target, Recipe(forms=FORMS, texts=texts_of([text]), num_tokens=TOKENS), QUIET)
     return target
 
 
 def test_the_same_input_gives_the_same_bytes(packed: Path, tiny_checkpoint: Path, text: Path, tmp_path: Path) -> None:
     again = tmp_path / "again.comoe"
-    pack(tiny_checkpoint, again, Recipe(texts=texts_of([text]), num_tokens=TOKENS), QUIET)
+    pack(tiny_checkpoint, again, Recipe(forms=FORMS, texts=texts_of([text]), num_tokens=TOKENS), QUIET)
     assert files_of(again) == files_of(packed)
 
 
 def test_every_form_is_certified_and_finer_ones_lose_less(packed: Path) -> None:
     manifest = Pack(packed).manifest
-    assert [step.form for step in manifest.chain] == ["merged", "q4", "q8", "exact"]
-    errors = [sum(layer.errors[form] for layer in manifest.layers) for form in ("merged", "q4", "q8")]
+    assert [step.form for step in manifest.chain] == [*FORMS, "exact"]
+    errors = [sum(layer.errors[form] for layer in manifest.layers) for form in FORMS]
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] > 0
     assert manifest.chain[-1].loss == 0
@@ -83,7 +84,18 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
     packed: Path, tiny_checkpoint: Path, text: Path, tmp_path: Path
 ) -> None:
     target = tmp_path / "killed.comoe"
-    words = ("pack", tiny_checkpoint, "-o", target, "--calib", text, "--calib-tokens", TOKENS)
+    words = (
+        "pack",
+        tiny_checkpoint,
+        "-o",
+        target,
+        "--calib",
+        text,
+        "--calib-tokens",
+        TOKENS,
+        "--forms",
+        ",".join(FORMS),
+    )
     process = spawn(*words)
     assert process.stderr is not None
     for line in process.stderr:
@@ -94,7 +106,12 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
     done = sorted((tmp_path / "killed.comoe.partial" / "work").glob("*.json"))
     assert [path.name for path in done] == ["000.json"]
     told: list[str] = []
-    pack(tiny_checkpoint, target, Recipe(texts=texts_of([text]), num_tokens=TOKENS), lambda s, d: told.append(s))
+    pack(
+        tiny_checkpoint,
+        target,
+        Recipe(forms=FORMS, texts=texts_of([text]), num_tokens=TOKENS),
+        lambda s, d: told.append(s),
+    )
     assert "calibration" not in told
     assert files_of(target) == files_of(packed)
     assert not (tmp_path / "killed.comoe.partial").exists()

@@ -114,7 +114,6 @@ class Session:
 
     def answer(self, prompt: str, *, show: bool) -> dict[str, Any]:
         """Generate, and say what it took; with `show` text goes to stdout as it comes."""
-        from comoe.device import process
         from comoe.runtime.generate import generate, prompt_ids
 
         framed = self._framed(prompt)
@@ -134,7 +133,7 @@ class Session:
             "framework_ms_per_token": answer.framework_ms_per_token,
             **{key: stats[key] for key in ("hit_rate", "floor_rate", "bytes_read")},
             "expert_memory_bytes": stats["resident_bytes"],
-            "peak_bytes": process.peak_bytes(),
+            **{key: stats[key] for key in ("peak_bytes", "beside_experts_bytes", "yielded_bytes")},
             **{key: stats[key] for key in ("loss_ledger", "shares")},
             "plan": self.model.comoe.plan.document(),
         }

@@ -78,7 +78,11 @@ class Comoe:
             self._promise = promise._replace(memory=nbytes)
 
     def stats(self) -> dict[str, Any]:
-        """Counters of the request: rates as fractions, bytes as integers; what is resident is so now."""
+        """Counters of the request: rates as fractions, bytes as integers; what is resident is so now.
+
+        `yielded_bytes` are what the cache gave up to keep the budget; `beside_experts_bytes` what the process was
+        measured to need beside it, None where experts alone have a budget; `peak_bytes` counts from its start.
+        """
         counts, read = self._serving.counts, self.cache.stats.bytes_read
         uses = max(counts.uses, 1)
         return {
@@ -90,6 +94,7 @@ class Comoe:
             "resident_bytes": self.cache.resident_bytes,
             "capacity_bytes": self.cache.capacity,
             "yielded_bytes": self._planned - self.cache.capacity,
+            "beside_experts_bytes": self._promise.beside if self._promise is not None else None,
             "peak_bytes": max(self._earlier_peak, process.peak_bytes()),
             "loss_ledger": self.ledger.loss,
             "shares": self.ledger.shares(),
