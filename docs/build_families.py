@@ -5,14 +5,14 @@
 
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 import torch
 from families import COMPOSITES, FAMILIES, LEFT_OUT
-from sweep import HEADINGS, Finding, Subject, finding
+from sweep import HEADINGS, Subject, finding
 from transformers.utils import logging
 
 HEAD = """# Model families
@@ -46,20 +46,21 @@ eager transformers on the plain weights. Other quantised checkpoints are refused
 """
 
 
-def findings() -> Iterator[Finding]:
+def page(rows: Iterable[str]) -> str:
+    """The whole page around the rows of its table."""
+    table = [f"| {' | '.join(HEADINGS)} |", f"|{'---|' * len(HEADINGS)}", *rows]
+    refused = [f"| {family} | {reason} |" for family, reason in LEFT_OUT.items()]
+    return HEAD + "\n".join(table) + "\n" + FOOT + "\n".join(refused) + "\n"
+
+
+def swept() -> Iterator[str]:
     for family in [*FAMILIES, *COMPOSITES]:
         with tempfile.TemporaryDirectory() as folder:
-            yield finding(Subject(family, Path(folder)))
+            yield finding(Subject(family, Path(folder))).row()
 
 
-def main() -> None:
+if __name__ == "__main__":
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     torch.set_num_threads(1)
-    print(HEAD + f"| {' | '.join(HEADINGS)} |\n|{'---|' * len(HEADINGS)}")
-    for found in findings():
-        print(found.row(), flush=True)
-    print(FOOT + "\n".join(f"| {family} | {reason} |" for family, reason in LEFT_OUT.items()))
-
-
-main()
+    sys.stdout.write(page(swept()))

@@ -34,9 +34,9 @@ class Matrix:
     `weight` holds the elements row by row as bytes; of Q4 and Q8 the high nibbles, value + 8, the first of two
     neighbours in a byte's low nibble, with float16 `scales` (rows, cols / group) and, for Q8, a plane `low` like
     `weight`. A Q4 weight is scale * high, a Q8 weight scale / 8 * (8 * high + low). Of Q2 and Q3 `weight` holds two
-    bits each, four neighbours in a byte, and `low` the third: in a byte four neighbours of a row's first half, then four
-    of its second. A weight is scale * (bits - 2 or 4).
-    ValueError where sizes disagree or an array has gaps: the kernel gets nothing but addresses.
+    bits each, four neighbours in a byte, and `low` the third: in a byte four neighbours of a row's first half, then
+    four of its second. A weight is scale * (bits - 2 or 4). ValueError where sizes disagree or an array has gaps: the
+    kernel gets nothing but addresses.
     """
 
     code: Code
