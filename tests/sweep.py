@@ -4,7 +4,7 @@ test_exact.py asserts what is found; docs/build_families.py writes it down.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -23,7 +23,7 @@ from transformers import GenerationMixin
 import comoe
 from comoe.kernels import native
 from comoe.make.calibrate import Text
-from comoe.make.pack import Recipe, pack
+from comoe.make.pack import DEFAULT_FORMS, Recipe, pack
 from comoe.plan.ladder import ladder_of
 from comoe.runtime import experts
 from comoe.runtime.load import Loader, Options
@@ -95,7 +95,13 @@ class Subject:
     """
 
     def __init__(
-        self, family: str, folder: Path, dtype: torch.dtype = torch.float32, checkpoint: Path | None = None
+        self,
+        family: str,
+        folder: Path,
+        dtype: torch.dtype = torch.float32,
+        *,
+        checkpoint: Path | None = None,
+        forms: Sequence[str] = DEFAULT_FORMS,
     ) -> None:
         self.family, self.dtype = family, dtype
         self._model: Any = None
@@ -104,7 +110,7 @@ class Subject:
             save_random(family, self.checkpoint, dtype)
         save_tokenizer(self.checkpoint)
         texts = (TEXT,) if issubclass(model_class(family), GenerationMixin) else ()
-        recipe = Recipe(texts=texts, num_tokens=NUM_CALIBRATION_TOKENS, threads=1)
+        recipe = Recipe(tuple(forms), texts, num_tokens=NUM_CALIBRATION_TOKENS, threads=1)
         pack(self.checkpoint, self.pack, recipe, lambda step, done: None)
         self.manifest = Pack(self.pack).manifest
         layers = self.manifest.layers
