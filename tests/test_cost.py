@@ -1,6 +1,7 @@
 """The cost model by hand, and the cache model against caches that really evict."""
 
 from collections import OrderedDict
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -99,7 +100,8 @@ def test_reading_takes_its_bytes_and_a_latency_for_every_read() -> None:
 
 def test_computing_takes_the_time_of_reading_the_weights_from_memory() -> None:
     costs = Costs(read_bps=1.0, read_latency_s=0.0, memory_bps=10e9, framework_ms=Band(1.0, 2.0))
-    assert costs.expert_ms(30e6) == pytest.approx(3.0)
+    assert costs.expert_ms(30e6, "q4") == pytest.approx(3.0)
+    assert replace(costs, compute_bps={"q4": 5e9}).expert_ms(30e6, "q4") == pytest.approx(6.0)
 
 
 def test_unknown_costs_still_compare_plans_by_bytes() -> None:

@@ -12,6 +12,7 @@ from sources import MemorySource
 
 from comoe.device import memory, probe, process
 from comoe.device.memory import MemoryLimit, cgroup_limits, cgroup_version, check_possible, machine_memory, memory_limit
+from comoe.kernels.matrix import Code, Matrix
 from comoe.types import BlobId, UsageError
 
 GIB, MIB = 1 << 30, 1 << 20
@@ -181,20 +182,27 @@ def rate_of(sizes: list[int], latency_s: float) -> tuple[float, float]:
     return measured
 
 
-def test_a_read_rate_is_all_bytes_by_all_time() -> None:
-    rate, _ = rate_of([100_000, 300_000, 200_000], latency_s=0.002)
-    assert rate == pytest.approx(600_000 / (0.006 + 0.006))
+def test_reads_of_several_sizes_tell_rate_and_latency_apart() -> None:
+    rate, latency = rate_of([100_000, 300_000, 200_000], latency_s=0.002)
+    assert (rate, latency) == (pytest.approx(1e8), pytest.approx(0.002))
 
 
-def test_latency_is_what_the_rate_does_not_explain_of_the_fastest_read() -> None:
-    rate, latency = rate_of([1000, 999_000], latency_s=0.01)
-    assert rate == pytest.approx(1e6 / 0.03)
-    assert latency == pytest.approx(0.01 + 1000 / 1e8 - 1000 / rate)
+def test_reads_of_one_size_say_nothing_of_latency_so_the_least_is_taken() -> None:
+    rate, latency = rate_of([5000] * 4, latency_s=0.01)
+    assert latency == 20e-6
+    assert 5000 / rate + latency == pytest.approx(0.01 + 5000 / 1e8)
 
 
-@pytest.mark.parametrize("latency_s", [0.0, 0.01])
-def test_reads_of_one_size_say_nothing_of_latency_so_the_least_is_taken(latency_s: float) -> None:
-    assert rate_of([5000] * 4, latency_s)[1] == 20e-6
+def test_reads_that_take_longer_the_shorter_they_are_still_give_rates_above_zero() -> None:
+    blobs = {BlobId(0, "exact", row): bytes(size) for row, size in enumerate((1000, 100_000))}
+    rate, latency = probe.read_rate(MemorySource(blobs), list(blobs), iter([0.0, 1.0, 1.0, 1.1]).__next__)
+    assert rate > 0 <= latency
+
+
+def test_compute_is_measured_on_matrices_that_take_turns() -> None:
+    weights = Matrix(Code.BF16, 64, 64, np.zeros(64 * 64 * 2, np.uint8))
+    ticks = iter(range(10**6))
+    assert probe.kernel_bps(weights, lambda: next(ticks), nbytes=5 * 8192) == 8192
 
 
 def test_a_disk_is_measured_by_reading_a_new_file_once(tmp_path: Path) -> None:

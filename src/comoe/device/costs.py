@@ -1,10 +1,16 @@
 """The planner's rates, measured on this device with a pack's own blobs."""
 
-from comoe.device.probe import Clock, memory_bps, read_rate
+import numpy as np
+
+from comoe.device.probe import Clock, kernel_bps, memory_bps, read_rate
+from comoe.forms.matrices import matrix_of
+from comoe.kernels import native
 from comoe.plan.cost import Costs
 from comoe.plan.ladder import Band
-from comoe.store.manifest import Manifest
+from comoe.store.layout import layout
+from comoe.store.manifest import FORM_PARTS, Manifest
 from comoe.store.pack import Pack
+from comoe.types import BlobId
 
 NUM_PROBES = 8
 LAYER_MS = (0.3, 1.5)
@@ -12,13 +18,35 @@ LAYER_MS = (0.3, 1.5)
 
 
 def measured_costs(pack: Pack, clock: Clock, framework_ms: Band | None = None) -> Costs:
-    """Rates of memory and of reading experts; `framework_ms` where a warm-up measured it, else a wide band."""
+    """Rates of memory, of reading experts and of computing with every form of them, measured in a fraction of a second.
+
+    `framework_ms` where a warm-up measured it, else a wide band.
+    """
     manifest = pack.manifest
-    ids = manifest.expert_ids[:: max(1, len(manifest.expert_ids) // NUM_PROBES)]
-    blobs = [blob for expert in ids for blob in manifest.blobs(expert, "exact")]
-    rate, latency = read_rate(pack, blobs, clock)
     memory = memory_bps(clock)
-    return Costs(rate, latency, memory, framework_ms or expected_framework_ms(manifest, memory))
+    rate, latency = read_rate(pack, _probes(manifest), clock)
+    forms = {form: _compute_bps(manifest, form, clock) for form in manifest.forms} if native.available() else {}
+    return Costs(rate, latency, memory, framework_ms or expected_framework_ms(manifest, memory), forms)
+
+
+def _probes(manifest: Manifest) -> list[BlobId]:
+    """Blobs of every part of a few experts all over the model."""
+    ids = manifest.expert_ids[:: max(1, len(manifest.expert_ids) // NUM_PROBES)]
+    blobs = (blob for expert in ids for form in manifest.forms for blob in manifest.blobs(expert, form))
+    return list(dict.fromkeys(blob for blob in blobs if manifest.layers[blob.layer].parts[blob.part].nbytes))
+
+
+def _compute_bps(manifest: Manifest, form: str, clock: Clock) -> float:
+    """Of the largest matrix of the first layer's experts, filled with zeros."""
+    site = manifest.site(0)
+    leaf = max((leaf for leaf in site.leaves if leaf.is_matrix), key=lambda leaf: leaf.size)
+    planes = {
+        field.plane: np.zeros(field.nbytes, np.uint8)
+        for part in FORM_PARTS[form]
+        for field in layout(site, part).fields
+        if field.leaf == leaf.name
+    }
+    return kernel_bps(matrix_of(leaf, form, site.dtype, planes), clock)
 
 
 def expected_framework_ms(manifest: Manifest, bandwidth_bps: float) -> Band:

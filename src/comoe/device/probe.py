@@ -2,18 +2,24 @@
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
 
 import numpy as np
 
+from comoe.kernels import native
+from comoe.kernels.matrix import Matrix
 from comoe.memory.arena import page_buffer
 from comoe.store.directfile import DirectFile
 from comoe.store.source import Source
 from comoe.types import BlobId
 
 Clock = Callable[[], float]
+
+LEAST_LATENCY_S = 20e-6
+PLANES = ("weight", "scales", "low")
 
 
 def memory_bps(clock: Clock, *, nbytes: int = 64 << 20, repeats: int = 5) -> float:
@@ -23,16 +29,36 @@ def memory_bps(clock: Clock, *, nbytes: int = 64 << 20, repeats: int = 5) -> flo
 
 
 def read_rate(source: Source, blobs: list[BlobId], clock: Clock) -> tuple[float, float]:
-    """(bytes per second, seconds of latency) of reading `blobs` one after the other.
+    """(bytes per second, seconds of latency) of reading `blobs` one after the other, once each.
 
-    Latency is what that rate does not explain of the fastest read, at least 20 us: so always 20 us, and all else in the
-    rate, where blobs have one size.
+    A least-squares line through time by length. Where lengths do not tell the two apart, the latency is the least,
+    20 us, and all else is in the rate.
     """
-    nbytes = [source.nbytes(blob) for blob in blobs]
-    buffer = page_buffer(max(nbytes))
-    seconds = [_timed(clock, lambda blob=blob: source.read(blob, buffer)) for blob in blobs]  # type: ignore[misc]
-    rate = sum(nbytes) / sum(seconds)
-    return rate, max(20e-6, min(seconds) - min(nbytes) / rate)
+    nbytes = np.array([source.nbytes(blob) for blob in blobs], np.float64)
+    buffer = page_buffer(int(nbytes.max()))
+    seconds = np.array([_timed(clock, partial(source.read, blob, buffer)) for blob in blobs])
+    latency = LEAST_LATENCY_S
+    if nbytes.min() < nbytes.max():
+        slope = np.cov(nbytes, seconds)[0, 1] / nbytes.var(ddof=1)
+        latency = max(latency, float(seconds.mean() - max(slope, 0.0) * nbytes.mean()))
+    latency = min(latency, 0.9 * float(seconds.mean())) if seconds.mean() > LEAST_LATENCY_S else latency
+    return float(nbytes.sum() / max(seconds.sum() - latency * len(blobs), 0.1 * seconds.sum())), latency
+
+
+def kernel_bps(matrix: Matrix, clock: Clock, *, nbytes: int = 8 << 20, repeats: int = 3) -> float:
+    """Bytes of weights per second at which the kernel multiplies matrices like `matrix` with one token.
+
+    Copies of together `nbytes` take turns, so that a small cache holds none of them.
+    """
+    size = sum(plane.nbytes for plane in (matrix.weight, matrix.scales, matrix.low) if plane is not None)
+    copies = [_copy(matrix) for _ in range(max(2, nbytes // size))]
+    x, out = np.ones((1, matrix.cols), np.float32), np.empty((1, matrix.rows), np.float32)
+    passes = [[_timed(clock, partial(native.linear, copy, x, out)) for copy in copies] for _ in range(repeats + 1)]
+    return size * len(copies) / median(map(sum, passes[1:]))
+
+
+def _copy(matrix: Matrix) -> Matrix:
+    return replace(matrix, **{name: plane.copy() for name in PLANES if (plane := getattr(matrix, name)) is not None})
 
 
 def disk_bps(path: Path, clock: Clock, *, nbytes: int = 64 << 20, block: int = 4 << 20) -> tuple[float, bool]:

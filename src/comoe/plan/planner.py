@@ -110,7 +110,7 @@ class Planner:
         waits = float(use.sum()) * (miss - coarse)
         reads = float(use.sum()) * miss
         touched = float(use.sum()) * self._unit(target.nbytes)
-        ms = self.costs.expert_ms(touched) + self.costs.read_ms(waits * unit, waits)
+        ms = self.costs.expert_ms(touched, target.form) + self.costs.read_ms(waits * unit, waits)
         shares = {target.form: 1.0 - coarse}
         if floor is not None:
             shares[floor.form] = coarse

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from comoe.forms.lowbit import dequantise_low
+from comoe.forms.matrices import matrix_of
 from comoe.forms.quantise import Planes, dequantise
 from comoe.kernels import native
-from comoe.kernels.matrix import Code, Matrix
+from comoe.kernels.matrix import Matrix
 from comoe.runtime.hook import expert_forward, plain_activation
 from comoe.store.layout import Field, Layout, group_size, layout
 from comoe.store.manifest import FORM_PARTS
@@ -31,9 +32,7 @@ HEIGHTS = (1, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 """In torch an expert's tokens are padded to one of these: oneDNN keeps half a megabyte of code, and takes milliseconds
 to write it, for every shape of matrix that it meets."""
 
-FORM_CODES = {"merged": Code.Q4, "q2": Code.Q2, "q3": Code.Q3, "q4": Code.Q4, "q8": Code.Q8}
 LOW_FORMS = ("q2", "q3")
-CODES = {"float32": Code.F32, "bfloat16": Code.BF16, "float16": Code.F16}
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "uint8": torch.uint8}
 
 
@@ -85,18 +84,8 @@ class SiteMath:
         return torch.from_numpy(out).to(x.dtype)
 
     def _matrix(self, leaf: Leaf, form: str, planes: dict[tuple[str, str], Bytes]) -> Matrix:
-        exact = planes.get((leaf.name, "exact"))
-        if exact is not None:
-            return Matrix(CODES[self.site.dtype], leaf.rows, leaf.cols, exact)
-        return Matrix(
-            FORM_CODES[form],
-            leaf.rows,
-            leaf.cols,
-            planes[leaf.name, "high"],
-            group=group_size(leaf.cols) or 0,
-            scales=planes[leaf.name, "scales"].view(np.float16),
-            low=planes.get((leaf.name, "low")),
-        )
+        own = {plane: data for (name, plane), data in planes.items() if name == leaf.name}
+        return matrix_of(leaf, form, self.site.dtype, own)
 
     def _leaf(self, leaf: Leaf, form: str, planes: dict[tuple[str, str], Bytes]) -> Tensor:
         exact = planes.get((leaf.name, "exact"))
