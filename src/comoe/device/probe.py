@@ -19,6 +19,7 @@ from comoe.types import BlobId
 Clock = Callable[[], float]
 
 LEAST_LATENCY_S = 20e-6
+MOST_COPIES = 128
 PLANES = ("weight", "scales", "low")
 
 
@@ -48,10 +49,11 @@ def read_rate(source: Source, blobs: list[BlobId], clock: Clock) -> tuple[float,
 def kernel_bps(matrix: Matrix, clock: Clock, *, nbytes: int = 8 << 20, repeats: int = 3) -> float:
     """Bytes of weights per second at which the kernel multiplies matrices like `matrix` with one token.
 
-    Copies of together `nbytes` take turns, so that a small cache holds none of them.
+    Copies of together `nbytes` take turns, so that a small cache holds none of them; of tiny matrices, whose calls
+    cost more than their bytes, only `MOST_COPIES`.
     """
     size = sum(plane.nbytes for plane in (matrix.weight, matrix.scales, matrix.low) if plane is not None)
-    copies = [_copy(matrix) for _ in range(max(2, nbytes // size))]
+    copies = [_copy(matrix) for _ in range(min(max(2, nbytes // size), MOST_COPIES))]
     x, out = np.ones((1, matrix.cols), np.float32), np.empty((1, matrix.rows), np.float32)
     passes = [[_timed(clock, partial(native.linear, copy, x, out)) for copy in copies] for _ in range(repeats + 1)]
     return size * len(copies) / median(map(sum, passes[1:]))
