@@ -74,8 +74,11 @@ class MemoryGroup:
 
     def start(self, command: Sequence[str | Path], **options: Any) -> "subprocess.Popen[str]":
         """Start `command` inside the group: it joins before it runs, so that all of its memory counts."""
-        procs = str(self.folder / "cgroup.procs")
-        return subprocess.Popen(["/bin/sh", "-c", ENTER, procs, *map(str, command)], text=True, **options)
+        procs = self.folder / "cgroup.procs"
+        process = subprocess.Popen(["/bin/sh", "-c", ENTER, str(procs), *map(str, command)], text=True, **options)
+        while str(process.pid) not in procs.read_text().split() and process.poll() is None:
+            time.sleep(0.001)
+        return process
 
     def run(
         self, command: Sequence[str | Path], timeout_s: float, **options: Any
