@@ -14,7 +14,10 @@ from comoe.make.protocol import ChunkItem
 
 @dataclass(frozen=True, slots=True)
 class Scope:
-    """How much is measured. `windows`, `decode_tokens` and `items` are of each domain; None: all there are."""
+    """How much is measured. `windows`, `decode_tokens` and `items` are of each domain; None: all there are.
+
+    `decode_tokens` are the least that are decoded where `is_whole`, else about as many as are.
+    """
 
     domains: int | None
     windows: int

@@ -50,16 +50,16 @@ def plan_row(subject: Subject, bound: float, share: float) -> Row:
 
 
 def decode_windows(subject: Subject, evaluation: Evaluation) -> tuple[dict[str, list[list[int]]], int]:
-    """The windows of every domain whose beginnings are decoded, and how many tokens of each.
+    """The windows of every domain that are decoded, and how many tokens of each.
 
-    Together those of the scope, shared equally among as few windows as hold them, which are a power of two.
+    As few windows as hold the scope's tokens, and at least two. They are decoded to their ends, since a window's
+    beginning loses more than its end; short ones in a scope that is not whole.
     """
-    tokens, number = subject.scope.decode_tokens, MIN_WINDOWS
-    length = evaluation.window_length
-    while tokens // number > len(evaluation.split(range(length))[1]):
-        number *= 2
+    length, tokens = evaluation.window_length, subject.scope.decode_tokens
+    targets = len(evaluation.split(range(length))[1])
+    number = max(MIN_WINDOWS, -(-tokens // targets))
     cut = {name: windows(subject.tokenizer, text, length, number) for name, text in subject.material.valid.items()}
-    return cut, tokens // number
+    return cut, targets if subject.scope.is_whole else tokens // number
 
 
 def _traffic(side: Side) -> Row:

@@ -22,10 +22,11 @@ from comoe.bench.plans import plan_row
 from comoe.bench.rows import Job, RowFile, collect
 from comoe.bench.subject import CONTEXT, Subject
 from comoe.device.machine import machine
+from comoe.make.pack import Recipe
 from comoe.types import Progress, UsageError
 
 NAME = "quality"
-FORMS = ("exact", "q8", "q4", "merged")
+LADDER = Recipe().forms
 
 
 def run(models: Path, shared: Path, *, quick: bool, out: Path | None, progress: Progress) -> dict[str, Any]:
@@ -83,9 +84,10 @@ def _jobs(subject: Subject, settings: dict[str, Any]) -> Iterator[Job]:
     depends = {"model": subject.hash, "machine": machine(), **settings}
     named = {"model": subject.name}
     yield Job({"kind": "reference", **named}, depends, partial(reference_row, subject))
-    for form in FORMS:
+    for form in ("exact", *reversed(LADDER)):
         yield Job({"kind": "form", **named, "form": form}, depends, partial(form_row, subject, form))
     for bound in subject.scope.bounds:
         for share in subject.scope.shares:
             measure = partial(plan_row, subject, bound, share)
-            yield Job({"kind": "plan", **named, "bound": bound, "share": share}, depends, measure)
+            ladder = {"forms": LADDER}
+            yield Job({"kind": "plan", **named, "bound": bound, "share": share}, {**depends, **ladder}, measure)
