@@ -13,7 +13,7 @@ from ladders import bounds, costs, ladder, ladders
 from comoe.memory.cache import BlobCache
 from comoe.plan.cost import Costs, hit_rate
 from comoe.plan.ladder import Band, Ladder, Rung
-from comoe.plan.planner import TIE, Plan, Planner, frontier, uniform
+from comoe.plan.planner import BACKGROUND_SHARE, TIE, Plan, Planner, frontier, uniform
 from comoe.types import DoesNotFit
 
 MIB = 1 << 20
@@ -68,7 +68,8 @@ def fastest_ms(planner: Planner, floor: Rung | None, target: Rung, budget: int, 
     if floor is not None:
         # the coarse share c keeps (1 - c) * target + c * floor <= bound
         gap = floor.price - target.price
-        waiting = miss - min(miss, (bound - target.price) / gap if gap > 0 else miss)
+        coarse = min(miss, (bound - target.price) / gap if gap > 0 else miss)
+        waiting = miss - coarse + BACKGROUND_SHARE * coarse
     read_s = use.sum() * waiting * (unit / rates.read_bps + rates.read_latency_s)
     compute_s = use.sum() * -(-sum(target.parts.values()) // len(use)) / rates.memory_bps
     return float(rates.framework_ms.high + 1.5e3 * (read_s + compute_s))
@@ -215,21 +216,31 @@ def test_an_exact_plan_by_hand() -> None:
 
 
 def test_a_floor_takes_as_many_misses_as_the_bound_leaves_beside_the_target() -> None:
-    found = ladder({"high": MIB // 4, "exact": MIB}, {"q4": 0.1}, [[0.5] * 8])
+    found = ladder({"high": MIB // 8, "exact": MIB}, {"q4": 0.1}, [[0.5] * 8])
     slow = Costs(read_bps=1e7, read_latency_s=0.0, memory_bps=1e10, framework_ms=Band(0.0, 0.0))
-    plan = Planner(found, slow).best(5 * MIB, 0.05)  # the floor takes 2 MiB, three of eight experts are cached
-    assert (plan.floor, plan.target, plan.hit_rate) == ("q4", "exact", pytest.approx(3 / 8))
+    plan = Planner(found, slow).best(5 * MIB, 0.05)  # the floor takes 1 MiB, four of eight experts are cached
+    assert (plan.floor, plan.target, plan.hit_rate) == ("q4", "exact", pytest.approx(4 / 8))
     assert plan.shares["q4"] == pytest.approx(0.05 / 0.11)  # the certified upper end is 0.11
     assert plan.loss.high == pytest.approx(0.05)
-    assert plan.start_seconds == pytest.approx(2 * MIB / 1e7)
+    assert plan.start_seconds == pytest.approx(MIB / 1e7)
+    waited = 4 * (0.5 - plan.shares["q4"] + BACKGROUND_SHARE * plan.shares["q4"])
+    assert plan.ms_per_token.low == pytest.approx(1e3 * (waited * MIB / 1e7 + 4 * MIB / 1e10))
 
 
-@pytest.mark.parametrize(("share", "floor"), [(0.1, None), (0.2, None), (0.3, None), (0.5, "q4"), (0.7, None)])
-def test_a_floor_enters_where_its_bytes_serve_better_than_a_larger_cache(share: float, floor: str | None) -> None:
-    """The invented ladder of docs/decisions/003, under uniform use: q8 is streamed, in the middle above a q4 floor."""
+MIDDLE = [(0.1, None), (0.2, None), (0.3, None), (0.4, "q4"), (0.5, "q4"), (0.7, None)]
+
+
+@pytest.mark.parametrize(("read_bps", "share", "floor"), [(3e8, *row) for row in MIDDLE] + [(1.2e9, 0.5, None)])
+def test_a_floor_enters_where_its_bytes_serve_better_than_a_larger_cache(
+    read_bps: float, share: float, floor: str | None
+) -> None:
+    """The invented ladder of docs/decisions/003, under uniform use: q8 is streamed, in the middle above a q4 floor.
+
+    From a fast disk a larger cache serves better everywhere.
+    """
     sizes = {"merged": 280_000, "high": 280_000, "low": 250_000, "exact": 1_000_000}
     found = ladder(sizes, {"merged": 0.15, "q4": 0.04, "q8": 0.003}, [[4 / 32] * 32] * 6, clusters=82)
-    flash = Costs(read_bps=1.2e9, read_latency_s=1e-4, memory_bps=2e10, framework_ms=Band(10.0, 10.0))
+    flash = Costs(read_bps=read_bps, read_latency_s=1e-4, memory_bps=2e10, framework_ms=Band(10.0, 10.0))
     plan = Planner(found, flash).best(int(share * found.exact.nbytes), 0.01)
     assert (plan.target, plan.floor) == ("q8", floor)
 
@@ -247,9 +258,9 @@ def test_below_the_threshold_lies_the_share_of_gates_that_may_take_the_floor(sha
 
 
 def test_a_floor_for_every_miss_has_no_threshold() -> None:
-    """Four uses in nine miss, and the bound leaves room for three in four."""
+    """Fewer uses miss than the bound leaves room for."""
     slow = Costs(read_bps=1e6, read_latency_s=0.0, memory_bps=1e10, framework_ms=Band(0.0, 0.0))
-    plan = Planner(ladder({"high": MIB // 4, "exact": MIB}, {"q4": 0.06}, [[0.5] * 9]), slow).best(8 * MIB, 0.05)
+    plan = Planner(ladder({"high": MIB // 16, "exact": MIB}, {"q4": 0.06}, [[0.5] * 9]), slow).best(8 * MIB, 0.05)
     assert (plan.floor, plan.target, plan.wait_threshold) == ("q4", "exact", inf)
     assert plan.shares["q4"] == pytest.approx(1 - plan.hit_rate) and plan.loss.high < 0.05
     assert plan.document()["wait_threshold"] is None

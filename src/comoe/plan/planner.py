@@ -17,6 +17,9 @@ from comoe.types import DoesNotFit
 TIE = 0.05
 """Predicted times that differ by less are the same: rates are measured no better."""
 
+BACKGROUND_SHARE = 0.5
+"""Of its time, what a read costs that nobody waits for, when the floor answers: it takes the processor from computing."""
+
 MIN_GROUPS = 2
 """Experts that the cache must hold beside the floor: one that computes while the next is read."""
 
@@ -107,8 +110,8 @@ class Planner:
         unit = self._unit(whole)
         miss = 1.0 - hit_rate(use, len(use) if room >= whole else room / unit)
         coarse = self._coarse_share(floor, target, miss, max_loss)
-        waits = float(use.sum()) * (miss - coarse)
         reads = float(use.sum()) * miss
+        waits = float(use.sum()) * (miss - coarse + BACKGROUND_SHARE * coarse)
         touched = float(use.sum()) * self._unit(target.nbytes)
         ms = self.costs.expert_ms(touched, target.form) + self.costs.read_ms(waits * unit, waits)
         shares = {target.form: 1.0 - coarse}
