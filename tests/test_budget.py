@@ -173,7 +173,7 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Bed:
-    """A pack of 300 MB of experts, and a torch whose pages nobody else has in memory."""
+    """A pack of 300 MB of experts, and libraries whose pages nobody else has in memory."""
 
     pack: Path
     environment: dict[str, str]
@@ -197,7 +197,7 @@ class Bed:
 @pytest.fixture(scope="module")
 def bed(tmp_path_factory: pytest.TempPathFactory) -> Bed:
     folder = tmp_path_factory.mktemp("bed")
-    environment = own_copy("torch", folder / "site")
+    environment = own_copy(("torch", "numpy", "tokenizers", "safetensors"), folder / "site")
     return Bed(packed(LARGE, folder), environment, text(PROMPT_TOKENS, LARGE.vocab))
 
 

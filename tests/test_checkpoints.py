@@ -96,21 +96,22 @@ def test_every_token_is_a_character_that_is_shown_as_it_comes(tmp_path: Path) ->
         assert "".join(shown) == prompt[:number]
 
 
-def test_an_own_copy_shares_no_library_with_the_original(tmp_path: Path) -> None:
-    package = tmp_path / "site" / "packed"
-    (package / "lib").mkdir(parents=True)
-    for name in ("__init__.py", "fast.so", "lib/deep.so"):
-        (package / name).write_text("value = 1" if name.endswith("py") else name)
-    environment = _copy(tmp_path, package)
-    copy = tmp_path / "own" / "packed"
-    assert environment["PYTHONPATH"].startswith(str(tmp_path / "own"))
-    for name in ("fast.so", "lib/deep.so"):
-        assert (copy / name).read_text() == name
-        assert not (copy / name).samefile(package / name)
-    assert (copy / "__init__.py").samefile(package / "__init__.py")
+def test_an_own_copy_shares_no_library_with_the_original(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    libraries = ("packed/fast.so", "packed/a/b/deep.so.1", "packed.libs/libextra-1.so")
+    for name in (*libraries, "packed/__init__.py", "packed/plain/data.txt"):
+        file = tmp_path / "site" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("" if name.endswith("py") else name)
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    environment = own_copy(("packed",), tmp_path / "own")
+    assert environment["PYTHONPATH"].split(":")[0] == str(tmp_path / "own")
+    for name in libraries:
+        assert (tmp_path / "own" / name).read_text() == name
+        assert not (tmp_path / "own" / name).samefile(tmp_path / "site" / name)
+    for name in ("packed/__init__.py", "packed/plain/data.txt"):
+        assert (tmp_path / "own" / name).samefile(tmp_path / "site" / name)
 
 
-def _copy(tmp_path: Path, package: Path) -> dict[str, str]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(package.parent)
-        return own_copy("packed", tmp_path / "own")
+def test_a_package_that_is_not_there_cannot_be_copied(tmp_path: Path) -> None:
+    with pytest.raises(ModuleNotFoundError):
+        own_copy(("no_such_package",), tmp_path)
