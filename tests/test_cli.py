@@ -27,7 +27,8 @@ def comoe(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, t
 
 @pytest.fixture(scope="module")
 def packed(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from comoe.make.pack import Recipe, pack, texts_of
+    from comoe.make.calibrate import texts_of
+    from comoe.make.pack import Recipe, pack
 
     folder = tmp_path_factory.mktemp("cli")
     shutil.copytree(tiny_checkpoint, folder / "source")
@@ -284,6 +285,20 @@ def test_a_flipped_byte_stops_the_run_and_fails_verification(comoe: Comoe, copie
     assert json.loads(checked.out)["errors"]
 
 
+@pytest.mark.parametrize("name", ["dense.safetensors", "tokenizer.json"])
+def test_a_flipped_byte_beside_the_blobs_stops_the_run_and_fails_verification(
+    comoe: Comoe, copied: Path, name: str
+) -> None:
+    data = bytearray((copied / name).read_bytes())
+    data[-2] ^= 1
+    (copied / name).write_bytes(data)
+    result = comoe("run", copied, "--expert-memory", "40%", "-p", "fox")
+    assert result.code in (1, 2)
+    checked = comoe("verify", copied, "--json")
+    assert checked.code == 4
+    assert name in json.loads(checked.out)["errors"][0]
+
+
 def test_a_manifest_with_an_unknown_key_is_refused(comoe: Comoe, copied: Path) -> None:
     manifest = json.loads((copied / "comoe.json").read_bytes())
     (copied / "comoe.json").write_text(json.dumps(manifest | {"surprise": 1}))
@@ -306,6 +321,9 @@ def test_a_manifest_with_an_unknown_key_is_refused(comoe: Comoe, copied: Path) -
         (("run", "PACK", "-p", "x", "--dtype", "int3"), 2, "float32, bfloat16, float16"),
         (("run", "PACK", "-p", "x", "-n", "0"), 2, "--max-new-tokens"),
         (("run", "PACK", "-p", "x", "--temperature", "-1"), 2, "negative"),
+        (("run", "PACK", "-p", "x", "--temperature", "nan"), 2, "negative"),
+        (("run", "PACK", "-p", "x", "--stop", ""), 2, "--stop"),
+        (("run", "PACK", "-p", "\udcff"), 2, "UTF-8"),
         (("run", "PACK", "-p", "x", "--chat"), 2, "no chat template"),
         (("run", "PACK", "-p", "x", "--edge", "http://127.0.0.1:1"), 5, "local disks only"),
         (("run", "PACK", "--json"), 2, "needs a prompt"),
@@ -313,7 +331,7 @@ def test_a_manifest_with_an_unknown_key_is_refused(comoe: Comoe, copied: Path) -
         (("run", "PACK", "-p", "x", "--memory", "20MiB"), 3, "at least --memory"),
         (("run", "PACK", "-p", "some words", "--context", "5"), 2, "raise --context"),
         (("plan", "PACK", "--link", "fast"), 2, "is not a link"),
-        (("plan", "PACK", "--expert-memory", "1KiB"), 3, "at least --expert-memory"),
+        (("plan", "PACK", "--expert-memory", "1KiB"), 3, "below --expert-memory"),
         (("pack", "CHECKPOINT", "-o", "p", "--forms", "q5"), 2, "choose from"),
         (("pack", "CHECKPOINT", "-o", "p", "--calib", "absent.txt"), 2, "cannot be read"),
         (("pack", "CHECKPOINT", "-o", "p", "--calib", "short.txt"), 2, "shorter than"),

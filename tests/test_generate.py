@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from comoe.make.pack import Recipe, pack
@@ -16,6 +16,7 @@ letters = st.text("abc", min_size=1, max_size=4)
 
 
 @given(pieces=st.lists(letters, max_size=12), stop=st.lists(letters, max_size=3))
+@settings(deadline=None)
 def test_what_is_shown_ends_before_the_first_stop_string_however_it_comes(pieces: list[str], stop: list[str]) -> None:
     seen: list[str] = []
     shown = StopFilter(tuple(stop), seen.append)
@@ -23,8 +24,9 @@ def test_what_is_shown_ends_before_the_first_stop_string_however_it_comes(pieces
         shown(piece)
     shown.flush()
     whole = "".join(pieces)
-    ends = [at for word in stop if (at := whole.find(word)) >= 0]
-    assert "".join(seen) == "".join(shown.shown) == whole[: min(ends, default=len(whole))]
+    complete = [(at + len(word), at) for word in stop if (at := whole.find(word)) >= 0]
+    _, end = min(complete, default=(len(whole), len(whole)))
+    assert "".join(seen) == "".join(shown.shown) == whole[:end]
 
 
 def test_text_that_cannot_become_a_stop_string_is_shown_at_once() -> None:
@@ -76,4 +78,5 @@ def test_greedy_text_is_that_of_plain_generate(packed: Path) -> None:
         with torch.inference_mode():
             plain = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
     assert list(answer.token_ids) == plain[0, ids.shape[1] :].tolist()
+    assert answer.ms_per_token is not None and answer.framework_ms_per_token is not None
     assert 0 <= answer.framework_ms_per_token <= answer.ms_per_token

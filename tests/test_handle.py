@@ -128,6 +128,9 @@ def test_closing_twice_is_fine_and_running_afterwards_says_why_not(packed: Path)
 def test_load_refuses_what_it_cannot_do(packed: Path) -> None:
     with pytest.raises(UsageError, match="not both"):
         load(packed, memory="1GiB", expert_memory="30%")
+    for wrong in ({"max_loss": -1.0}, {"max_loss": float("nan")}, {"context": 0}, {"threads": 0}):
+        with pytest.raises(UsageError):
+            load(packed, expert_memory="50%", **wrong)  # type: ignore[arg-type]
     with pytest.raises(RemoteUnavailable):
         load(packed, edges=["http://127.0.0.1:1"])
     with pytest.raises(DoesNotFit) as refused:

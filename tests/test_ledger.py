@@ -38,8 +38,10 @@ def test_spent_and_total_are_the_sums_of_what_was_added(added: list[tuple[int, s
     found = ledger()
     for use in added:
         found.add(*use)
-    assert found.total == pytest.approx(sum(gate for *_, gate in added))
-    assert found.spent == pytest.approx(sum(gate * EXPECTED_RATE.get((at, form), 0.0) for at, form, gate in added))
+    assert found.answer.total == pytest.approx(sum(gate for *_, gate in added))
+    assert found.answer.spent == pytest.approx(
+        sum(gate * EXPECTED_RATE.get((at, form), 0.0) for at, form, gate in added)
+    )
     by_key = {key: sum(gate for *other, gate in added if tuple(other) == key) for key in found.gates}
     assert found.gates == pytest.approx(by_key)
 
@@ -50,7 +52,7 @@ def test_shares_are_of_all_gates_and_sum_to_one(added: list[tuple[int, str, floa
     for use in added:
         found.add(*use)
     assert found.shares().keys() == {form for _, form, _ in added}
-    assert sum(found.shares().values()) == pytest.approx(1.0 if found.total else 0.0)
+    assert sum(found.shares().values()) == pytest.approx(1.0 if found.answer.total else 0.0)
 
 
 def test_uses_whose_gates_are_zero_have_no_share() -> None:
@@ -77,7 +79,7 @@ def test_asking_changes_nothing_and_allows_just_what_keeps_the_bound(
         found.add(*use)
         after.add(*use)
     allowed = found.allows(*asked)
-    assert (found.gates, found.spent, found.total) == (after.gates, after.spent, after.total)
+    assert (found.gates, found.answer, found.prompt) == (after.gates, after.answer, after.prompt)
     after.add(*asked)
     if abs(after.loss - 0.03) > 1e-6:
         assert allowed == (after.loss < 0.03)
@@ -116,3 +118,21 @@ def test_clearing_starts_a_request_from_nothing() -> None:
     found.add(1, "merged", 5.0)
     found.clear()
     assert found == ledger()
+
+
+def test_an_exact_prompt_earns_no_credit_for_the_answer() -> None:
+    found = ledger(0.03)
+    found.add(0, "exact", 1000.0, decode=False)
+    assert not found.allows(0, "q4", 1.0)
+    assert found.loss == 0
+    found.add(0, "q4", 1.0)
+    assert found.loss == pytest.approx(0.044)
+    assert found.shares() == {"exact": pytest.approx(1000 / 1001), "q4": pytest.approx(1 / 1001)}
+
+
+def test_a_prompt_in_a_coarse_form_is_accounted_until_there_is_an_answer() -> None:
+    found = ledger()
+    found.add(0, "q4", 2.0, decode=False)
+    assert found.loss == pytest.approx(0.044)
+    found.clear()
+    assert (found.loss, found.shares()) == (0.0, {})

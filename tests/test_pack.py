@@ -12,7 +12,8 @@ from commands import calibration_text, spawn
 from safetensors.torch import load_file, save_file
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from comoe.make.pack import Recipe, pack, texts_of
+from comoe.make.calibrate import texts_of
+from comoe.make.pack import Recipe, pack
 from comoe.store.pack import Pack
 from comoe.types import CheckpointError, MissingShard, NotFinite, StorageFull, TruncatedShard, UsageError
 
@@ -223,3 +224,51 @@ def test_a_disk_that_fills_up_is_named_and_the_run_goes_on_once_there_is_room(
     subprocess.run(["mount", "-o", "remount,size=8m", small_disk], check=True)
     pack(tiny_checkpoint, small_disk / "p", Recipe(self_contained=True), QUIET)
     assert [path.name for path in small_disk.iterdir()] == ["p"]
+
+
+def test_a_partial_folder_of_somebody_else_is_left_alone(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "p.partial").mkdir()
+    (tmp_path / "p.partial" / "mine.txt").write_text("precious")
+    with pytest.raises(UsageError, match="is not of comoe pack"):
+        pack(tiny_checkpoint, tmp_path / "p", Recipe(), QUIET)
+    assert (tmp_path / "p.partial" / "mine.txt").read_text() == "precious"
+
+
+def test_two_packs_of_one_name_do_not_work_at_once(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    refused: list[str] = []
+
+    def start_another(step: str, done: float) -> None:
+        if not refused:
+            with pytest.raises(UsageError, match="another comoe pack") as error:
+                pack(tiny_checkpoint, tmp_path / "p", Recipe(), QUIET)
+            refused.append(str(error.value))
+
+    pack(tiny_checkpoint, tmp_path / "p", Recipe(), start_another)
+    assert refused
+    assert Pack(tmp_path / "p").broken_files() == []
+
+
+def test_calibration_files_of_one_name_are_refused(tmp_path: Path) -> None:
+    paths = [tmp_path / folder / "fox.txt" for folder in ("a", "b")]
+    for path in paths:
+        path.parent.mkdir()
+        path.write_text("fox")
+    with pytest.raises(UsageError, match="'fox'"):
+        texts_of(paths)
+
+
+def test_too_little_text_gives_no_certificate(tiny_checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    pack(tiny_checkpoint, tmp_path / "p", Recipe(forms=("q4",), texts=texts_of([text]), num_tokens=1024), QUIET)
+    assert Pack(tmp_path / "p").manifest.chain == ()
+
+
+def test_a_pack_is_no_checkpoint(packed: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="is a pack already"):
+        pack(packed, tmp_path / "p", Recipe(), QUIET)
+
+
+def test_where_no_pack_can_be_is_said_first(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for target in (tmp_path / "file" / "p", tmp_path / "absent" / "p"):
+        with pytest.raises(UsageError, match="choose another place"):
+            pack(tiny_checkpoint, target, Recipe(), QUIET)

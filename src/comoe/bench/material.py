@@ -7,8 +7,8 @@ from pathlib import Path
 from blake3 import blake3
 
 from comoe.bench.corpus import chunk_items, valid_texts
-from comoe.make.calibrate import Text
-from comoe.make.pack import Recipe, texts_of
+from comoe.make.calibrate import Text, texts_of
+from comoe.make.pack import Recipe
 from comoe.make.protocol import ChunkItem
 
 

@@ -29,6 +29,7 @@ def command(
     """
     if name not in BENCHMARKS:
         raise UsageError(f"there is no benchmark {name!r}: choose from {', '.join(BENCHMARKS)}.")
+    from comoe.bench.figures import page
     from comoe.bench.quality import run
     from comoe.runtime.generate import quiet_transformers
 
@@ -36,4 +37,7 @@ def command(
     shared = Path(os.environ.get("COMOE_SHARED") or "../shared")
     with progress_bar() as progress:
         document = run(models or shared / "models", shared, quick=quick, out=out, progress=progress)
-    print_json(document)
+    if json:
+        print_json(document)
+    else:
+        print(page(document))

@@ -36,7 +36,7 @@ Dtype = Annotated[
     Option(envvar="COMOE_DTYPE", help="Compute in float32, bfloat16 or float16; by default as the checkpoint."),
 ]
 Threads = Annotated[int | None, Option(envvar="COMOE_THREADS", min=1, help="Compute threads; by default all cores.")]
-Seed = Annotated[int, Option(envvar="COMOE_SEED", help="Seed of everything random.")]
+Seed = Annotated[int, Option(envvar="COMOE_SEED", min=0, max=2**63 - 1, help="Seed of everything random.")]
 Source = Annotated[
     Path | None,
     Option(envvar="COMOE_SOURCE", help="Where the checkpoint is now, if it moved since it was packed."),

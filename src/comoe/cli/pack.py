@@ -37,7 +37,8 @@ def command(
     Says first how long it will take. A killed run goes on where it stopped when the same command is given again; the
     pack appears under its name once it is whole.
     """
-    from comoe.make.pack import Recipe, pack, texts_of
+    from comoe.make.calibrate import texts_of
+    from comoe.make.pack import Recipe, pack
     from comoe.runtime.generate import quiet_transformers
 
     quiet_transformers()

@@ -13,7 +13,7 @@ from comoe.cli.options import Context, Exact, ExpertMemory, Json, MaxLoss, Memor
 from comoe.cli.terminal import print_json, print_table
 from comoe.device import process
 from comoe.device.costs import measured_costs
-from comoe.device.memory import memory_limit
+from comoe.device.memory import check_possible, default_memory
 from comoe.plan.footprint import INTERPRETER_BYTES, Workload, advised, beside_experts
 from comoe.plan.ladder import Ladder, ladder_of
 from comoe.plan.planner import Plan, Planner, frontier
@@ -68,7 +68,7 @@ def command(
     if not fits:
         flag = "--expert-memory" if wished.expert_memory else "--memory"
         bound = f"a loss of at most {wished.max_loss:.2%}" if wished.max_loss else "exact outputs"
-        raise DoesNotFit(f"{bound} needs at least {flag} {smallest} ({format_size(smallest)}).", smallest)
+        raise DoesNotFit(f"there is no plan for {bound} below {flag} {smallest} ({format_size(smallest)}).", smallest)
 
 
 def show_plans(plans: Sequence[Plan]) -> None:
@@ -98,8 +98,10 @@ def _expert_budget(wished: Wish, pack: Pack, ladder: Ladder, context: int) -> tu
         return parse_budget(wished.expert_memory, pack.manifest.expert_bytes_bf16), 0
     work = Workload(context, pack.manifest.dtype, ladder.forms(wished.max_loss))
     beside = beside_experts(pack.manifest, work, _interpreter_bytes(pack.folder))
-    whole = parse_size(wished.memory) if wished.memory is not None else memory_limit().nbytes
-    return whole - beside, beside
+    if wished.memory is None:
+        return default_memory() - beside, beside
+    check_possible(parse_size(wished.memory))
+    return parse_size(wished.memory) - beside, beside
 
 
 def _interpreter_bytes(pack: Path) -> int:

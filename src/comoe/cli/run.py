@@ -1,9 +1,9 @@
 """`comoe run`: text from a packed model inside a budget."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 from typer import Option
 
@@ -80,10 +80,12 @@ def command(
         raise UsageError("--json needs a prompt: give --prompt or --prompt-file.")
     session.load(given, context, dtype=dtype, threads=threads, source=source, edges=tuple(edge or ()))
     with session.model.comoe:
-        for text in [given] if given is not None else _asked():
-            document = session.answer(text, show=not json)
-            if json:
-                print_json(document)
+        if given is None:
+            session.converse(_asked())
+            return
+        document = session.answer(given, show=not json)
+        if json:
+            print_json(document)
 
 
 class Session:
@@ -93,7 +95,7 @@ class Session:
         from comoe.runtime.generate import quiet_transformers, tokenizer_of
 
         quiet_transformers()
-        read_manifest(pack)
+        read_manifest(pack)  # says what is wrong with the folder before a tokenizer does
         self._pack, self._wished, self._sampling, self._chat = pack, wished, sampling, chat
         self._tokenizer: Any = tokenizer_of(pack)
         if chat and not self._tokenizer.chat_template:
@@ -108,9 +110,19 @@ class Session:
         if context is None and prompt is not None:
             context = self._num_tokens(prompt) + self._sampling.max_new_tokens
         memory, expert_memory, max_loss = self._wished
+        if max_loss and not read_manifest(self._pack).chain:
+            say(f"{self._pack} has no certificate, so --max-loss allows nothing and outputs are exact.")
         self.model = load(
             self._pack, memory, expert_memory, max_loss, context=context or INTERACTIVE_CONTEXT, **options
         )
+
+    def converse(self, prompts: Iterable[str]) -> None:
+        """Answer each prompt; one that cannot be answered is said, and the next is taken."""
+        for prompt in prompts:
+            try:
+                self.answer(prompt, show=True)
+            except UsageError as error:
+                say(f"comoe: {error}")
 
     def answer(self, prompt: str, *, show: bool) -> dict[str, Any]:
         """Generate, and say what it took; with `show` text goes to stdout as it comes."""
@@ -118,6 +130,7 @@ class Session:
 
         framed = self._framed(prompt)
         ids = prompt_ids(self._tokenizer, self.model.config, framed)
+        self._warn_of_positions(ids.shape[1] + self._sampling.max_new_tokens)
         self.model.comoe.check_context(ids.shape[1] + self._sampling.max_new_tokens)
         emit = (lambda text: print(text, end="", flush=True)) if show else (lambda text: None)
         answer = generate(self.model, self._tokenizer, ids, self._sampling, emit)
@@ -142,6 +155,11 @@ class Session:
             say(_figures(document))
         return document
 
+    def _warn_of_positions(self, tokens: int) -> None:
+        known = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        if known and tokens > known:
+            say(f"Prompt and answer have {tokens} tokens, the model was made for {known}: expect nonsense beyond.")
+
     def _num_tokens(self, prompt: str) -> int:
         return len(self._tokenizer(self._framed(prompt)).input_ids) + 1
 
@@ -156,17 +174,24 @@ class Session:
 def _given(prompt: str | None, prompt_file: Path | None) -> str | None:
     if prompt is not None and prompt_file is not None:
         raise UsageError("give --prompt or --prompt-file, not both.")
-    if prompt_file is None:
-        return prompt
     try:
-        return sys.stdin.read() if str(prompt_file) == "-" else prompt_file.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"the prompt cannot be read: {error}.") from error
+        if prompt_file is not None:
+            prompt = _stdin().read() if str(prompt_file) == "-" else prompt_file.read_text("utf-8")
+        (prompt or "").encode()
+    except (OSError, UnicodeError) as error:
+        raise UsageError(f"the prompt cannot be read as UTF-8 text: {error}.") from error
+    return prompt
+
+
+def _stdin() -> TextIO:
+    if sys.stdin is None:  # closed by who started us
+        raise UsageError("there is no prompt: give --prompt or --prompt-file.")
+    return sys.stdin
 
 
 def _asked() -> Iterator[str]:
     """Prompts typed, or piped, a line each, until the end of input."""
-    terminal = sys.stdin.isatty()
+    terminal = _stdin().isatty()
     if terminal:
         say("Type a prompt; Ctrl-D ends.")
     while True:
@@ -180,9 +205,12 @@ def _asked() -> Iterator[str]:
 
 def _figures(document: dict[str, Any]) -> str:
     read = sum(document["bytes_read"].values())
+    each = ""
+    if document["ms_per_token"] is not None:
+        outside = document["framework_ms_per_token"]
+        each = f", then {document['ms_per_token']:.1f} ms each ({outside:.1f} outside experts)"
     return (
-        f"{document['tokens']} tokens, first after {document['prefill_ms']:.0f} ms, then "
-        f"{document['ms_per_token']:.1f} ms each ({document['framework_ms_per_token']:.1f} outside experts); "
+        f"{document['tokens']} tokens, first after {document['prefill_ms']:.0f} ms{each}; "
         f"{document['hit_rate']:.0%} of experts in memory, {format_size(read)} read; "
         f"experts {format_size(document['expert_memory_bytes'])}, "
         f"process {format_size(document['peak_bytes'])} at most; loss {document['loss_ledger']:.2%}."

@@ -1,17 +1,27 @@
 """How commands talk: JSON and tables on stdout, progress and remarks on stderr."""
 
 import json
+import math
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from comoe.types import Progress
 
 
 def print_json(document: object) -> None:
-    """One JSON document on stdout."""
-    print(json.dumps(document, indent=1, ensure_ascii=False))
+    """One JSON document on stdout; a number that is none, which JSON has no word for, is null."""
+    print(json.dumps(_finite(document), indent=1, ensure_ascii=False, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def say(sentence: str) -> None:

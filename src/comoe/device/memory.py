@@ -10,6 +10,7 @@ from comoe.types import UsageError
 from comoe.units import format_size
 
 UNLIMITED = 1 << 60
+DEFAULT_SHARE = 0.8
 ROOT = Path("/")
 CGROUPS = "sys/fs/cgroup"
 
@@ -24,6 +25,11 @@ class MemoryLimit(NamedTuple):
 def memory_limit(root: Path = ROOT) -> MemoryLimit:
     """The tightest limit on this process: cgroup v2, cgroup v1 or MemAvailable."""
     return min([*cgroup_limits(root), machine_memory(root)])
+
+
+def default_memory(root: Path = ROOT) -> int:
+    """The budget where none is given: the larger part of what may be used."""
+    return int(memory_limit(root).nbytes * DEFAULT_SHARE)
 
 
 def check_possible(nbytes: int, root: Path = ROOT) -> None:

@@ -134,3 +134,14 @@ def cut(tokenizer: Any, texts: Sequence[Text], length: int, num_tokens: int) -> 
     if short:
         raise UsageError(f"calibration text {short[0]!r} is shorter than two windows of {length} tokens: give more.")
     return found
+
+
+def texts_of(paths: Sequence[Path]) -> tuple[Text, ...]:
+    """Each file's text as a domain of its own. Raises UsageError."""
+    names = [path.name.split(".")[0] for path in paths]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UsageError(f"two calibration files are called {twice[0]!r}: each is a domain, so name them apart.")
+    try:
+        return tuple(Text(name, path.read_text("utf-8")) for name, path in zip(names, paths, strict=True))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"calibration text cannot be read: {error}.") from error

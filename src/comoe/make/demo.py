@@ -6,8 +6,9 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+from comoe.make.calibrate import texts_of
 from comoe.make.measure import Measured, measure, sample_windows
-from comoe.make.pack import Recipe, Report, pack, texts_of
+from comoe.make.pack import Recipe, Report, pack
 from comoe.plan.planner import Plan, frontier
 from comoe.runtime.generate import Answer, Sampling, generate, prompt_ids, tokenizer_of
 from comoe.runtime.load import Loader, Options

@@ -12,7 +12,7 @@ from comoe.runtime.hook import expert_forward
 from comoe.store.layout import group_size, quantised
 from comoe.types import Site
 
-FORM_PASSES = {"merged": 2, "q4": 1, "q8": 1}
+FORM_PASSES = {"merged": 2, "q2": 1, "q3": 1, "q4": 1, "q8": 1}
 """How often a form reads an expert again and measures its error on calibration tokens."""
 
 
@@ -30,8 +30,8 @@ def seconds_to_pack(layer: Layer, forms: Sequence[str], num_batches: int) -> flo
     floats = {name: tensor.float() for name, tensor in tensors.items()}
     run_s = _timed(lambda: expert_forward(layer.module, x, floats))
     each = 2 * read_s + 2 * hash_s
-    if "q4" in forms or "q8" in forms:
-        each += read_s + quantise_s
+    quantised_forms = len({"q2", "q3"} & {*forms}) + bool({"q4", "q8"} & {*forms})
+    each += quantised_forms * (read_s + quantise_s)
     if num_batches:
         passes = sum(FORM_PASSES.get(form, 0) for form in forms)
         each += passes * (read_s + 2 * run_s) + num_batches * (read_s + run_s) * (1 + len(forms) / 3)

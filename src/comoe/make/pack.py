@@ -4,9 +4,10 @@ Work goes to `PACK.partial`: each finished step leaves a file there, so that a k
 The same input gives the same bytes.
 """
 
+import fcntl
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from errno import EDQUOT, ENOSPC
@@ -44,18 +45,19 @@ from comoe.store.manifest import (
     LayerEntry,
     Manifest,
     Provenance,
-    SourceEntry,
-    SourceFile,
     decode,
     encode,
 )
-from comoe.store.pack import Pack, header_hash
+from comoe.store.pack import Pack, file_hash, header_hash, source_entry
 from comoe.types import CheckpointError, ComoeError, Progress, StorageFull, UsageError
 from comoe.units import format_seconds, format_size
 
 DEFAULT_FORMS = ("merged", "q4", "q8")
 HELD_OUT = 4
 """One window in so many is kept from calibration, to certify on."""
+
+MIN_HELD_OUT = 4
+"""With fewer windows an interval says nothing, and there is no certificate: no plan will use a form without one."""
 
 BATCH_WINDOWS = 16
 STORED = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.int64: "I64", torch.int32: "I32"}
@@ -97,15 +99,17 @@ def pack(
     long it will take.
     """
     start_s = perf_counter()
-    if target.exists():
+    if target.exists() or target.is_symlink():
         raise UsageError(f"{target} exists: choose another name or remove it first.")
+    if not target.absolute().parent.is_dir():
+        raise UsageError(f"{target.absolute().parent} is not a folder: make it first, or choose another place.")
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
     checkpoint = Checkpoint.open(source)
     if recipe.texts:
         check_calibratable(checkpoint)
     packer = Packer(checkpoint, target, recipe, progress)
-    with _disk_errors(target), packer.removed_when_refused():
+    with _disk_errors(target), packer.alone(), packer.removed_when_refused():
         manifest = packer.run(say)
     return Report(
         model_type=manifest.model_type,
@@ -159,12 +163,31 @@ class Packer:
         return manifest
 
     @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Hold the partial folder: nobody else's is touched, and two packs of one name do not work in it at once."""
+        if self._folder.exists() and any(self._folder.iterdir()) and not (self._work / "input").exists():
+            raise UsageError(f"{self._folder} exists and is not of comoe pack: move it, or choose another name.")
+        self._folder.mkdir(exist_ok=True)
+        descriptor = os.open(self._folder, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield
+        except BlockingIOError as error:
+            raise UsageError(f"another comoe pack is making {self._target}: wait for it, or stop it.") from error
+        finally:
+            os.close(descriptor)
+
+    @contextmanager
     def removed_when_refused(self) -> Iterator[None]:
         """What was made of a checkpoint that turned out to be damaged is of no use: nothing is left."""
         try:
             yield
         except (CheckpointError, UsageError):
             shutil.rmtree(self._folder, ignore_errors=True)
+            raise
+        except StorageFull:
+            if not self._work.exists():
+                self._folder.rmdir()
             raise
 
     def estimate_bytes(self) -> int:
@@ -189,13 +212,14 @@ class Packer:
         return seconds_to_pack(Layer(self._checkpoint, index, module, None, self._folder), self._forms, batches)
 
     def _begin(self) -> None:
-        """Make the partial folder, or clear one that another input left."""
+        """Make the partial folder, or clear one that another input left. Raises UsageError for anybody else's."""
         print_ = self._fingerprint()
         mark = self._work / "input"
         if not (mark.exists() and mark.read_text() == print_):
-            shutil.rmtree(self._folder, ignore_errors=True)
             self._check_space()
-            self._work.mkdir(parents=True)
+            for path in self._folder.iterdir():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            self._work.mkdir()
             mark.write_text(print_)
         for path in self._folder.glob("*.unfinished"):
             path.unlink()
@@ -314,8 +338,15 @@ class Packer:
             dense_bytes=dense_bytes,
             dense=dense_entry(checkpoint.config),
             gate_quantiles=self._gate_quantiles() if calibrated else (),
-            source=_source_entry(checkpoint) if referring else None,
+            files=self._file_hashes(),
+            source=source_entry(checkpoint.folder.resolve(), checkpoint.files) if referring else None,
         )
+
+    def _file_hashes(self) -> dict[str, str]:
+        """Of everything but blobs and the manifest."""
+        blobs = self._folder.glob("[0-9][0-9][0-9]-*.safetensors")
+        others = {path for path in self._folder.iterdir() if path.is_file()} - {*blobs, self._folder / MANIFEST}
+        return {path.name: file_hash(path) for path in sorted(others)}
 
     def _gate_quantiles(self) -> tuple[float, ...]:
         gates: list[Tensor] = [self._inputs(layer).gate.abs().flatten() for layer in range(len(self._checkpoint.sites))]
@@ -323,6 +354,8 @@ class Packer:
 
     def _certify(self) -> tuple[ChainStep, ...]:
         held_out = {name: domain[::HELD_OUT] for name, domain in self._windows.items()}
+        if sum(map(len, held_out.values())) < MIN_HELD_OUT:
+            return ()
         for name in ("_model", "_evaluation"):
             self.__dict__.pop(name, None)
         forms = [form for form in self._forms if form != "exact"]
@@ -345,31 +378,16 @@ class Packer:
         unfinished.replace(path)
 
 
-def _source_entry(checkpoint: Checkpoint) -> SourceEntry:
-    folder = checkpoint.folder.resolve()
-    files = [
-        SourceFile(name=name, size=(folder / name).stat().st_size, header=header_hash(folder / name))
-        for name in checkpoint.files
-    ]
-    return SourceEntry(folder=str(folder), files=tuple(files))
-
-
 @contextmanager
 def _disk_errors(target: Path) -> Iterator[None]:
     """A full disk as StorageFull; what was made so far stays, to be gone on with."""
     try:
         yield
     except OSError as error:
-        if isinstance(error, ComoeError) or error.errno not in (ENOSPC, EDQUOT):
+        if isinstance(error, ComoeError):
             raise
+        if error.errno not in (ENOSPC, EDQUOT):
+            raise UsageError(f"{target} cannot be made ({error}): choose another place.") from error
         raise StorageFull(
             f"the disk is full: {target} was not made. Make room and run the same command to go on."
         ) from error
-
-
-def texts_of(paths: Sequence[Path]) -> tuple[Text, ...]:
-    """Each file's text as a domain of its own. Raises UsageError."""
-    try:
-        return tuple(Text(path.name.split(".")[0], path.read_text("utf-8")) for path in paths)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"calibration text cannot be read: {error}.") from error

@@ -58,7 +58,7 @@ def verify(pack: Pack, budget: int, max_loss: float, texts: Sequence[Path], prog
     """
     findings = Findings()
     progress("hashing blobs", 0.0)
-    findings.errors += broken_blobs(pack)
+    findings.errors += [*pack.broken_files(), *broken_blobs(pack)]
     if findings.errors:
         return findings
     tokenizer = tokenizer_of(pack.folder)

@@ -6,44 +6,56 @@ from comoe.plan.ladder import Ladder
 
 
 @dataclass(slots=True)
+class Account:
+    """Gates so far, and the sum of their prices."""
+
+    spent: float = 0.0
+    total: float = 0.0
+
+
+@dataclass(slots=True)
 class Ledger:
     """Counts gates by (layer, form) and prices them by the certified losses.
 
     The estimate is linear: a use in a form costs the form's certified loss, split over layers by their measured
-    errors, times its share of all gates. `bound` is a fraction; 0 is exact.
+    errors, times its share of all gates. `bound` is a fraction; 0 is exact. The bound is on the answer: a long exact
+    prompt earns no credit for it, so decoding has an account of its own.
     """
 
     ladder: Ladder
     bound: float
     gates: dict[tuple[int, str], float] = field(default_factory=dict)
-    spent: float = 0.0
-    total: float = 0.0
+    prompt: Account = field(default_factory=Account)
+    answer: Account = field(default_factory=Account)
 
-    def add(self, layer: int, form: str, gate: float) -> None:
-        """Record uses of `form` in `layer` whose gates sum to `gate`."""
+    def add(self, layer: int, form: str, gate: float, *, decode: bool = True) -> None:
+        """Record uses of `form` in `layer` whose gates sum to `gate`, for the answer or for its prompt."""
         key = (layer, form)
         self.gates[key] = self.gates.get(key, 0.0) + gate
-        self.spent += gate * self.ladder.rung(form).loss_rate(layer)
-        self.total += gate
+        account = self.answer if decode else self.prompt
+        account.spent += gate * self.ladder.rung(form).loss_rate(layer)
+        account.total += gate
 
     @property
     def loss(self) -> float:
-        """Estimated loss of everything served so far."""
-        return self.spent / self.total if self.total else 0.0
+        """Estimated loss of the answer so far, of the prompt where there is no more yet."""
+        account = self.answer if self.answer.total else self.prompt
+        return account.spent / account.total if account.total else 0.0
 
     def allows(self, layer: int, form: str, gate: float) -> bool:
-        """Whether the estimate stays within the bound after `gate` more in `form`."""
-        spent = self.spent + gate * self.ladder.rung(form).loss_rate(layer)
-        return spent <= self.bound * (self.total + gate)
+        """Whether the estimate stays within the bound after `gate` more of the answer in `form`."""
+        spent = self.answer.spent + gate * self.ladder.rung(form).loss_rate(layer)
+        return spent <= self.bound * (self.answer.total + gate)
 
     def shares(self) -> dict[str, float]:
         """Share of all gates by form."""
         forms: dict[str, float] = {}
+        total = sum(self.gates.values())
         for (_, form), gate in self.gates.items():
-            forms[form] = forms.get(form, 0.0) + (gate / self.total if self.total else 0.0)
+            forms[form] = forms.get(form, 0.0) + (gate / total if total else 0.0)
         return forms
 
     def clear(self) -> None:
         """Start a request."""
         self.gates.clear()
-        self.spent = self.total = 0.0
+        self.prompt, self.answer = Account(), Account()

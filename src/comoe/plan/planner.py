@@ -18,7 +18,7 @@ TIE = 0.05
 """Predicted times that differ by less are the same: rates are measured no better."""
 
 BACKGROUND_SHARE = 0.5
-"""Of its time, what a read costs that nobody waits for, when the floor answers: it takes the processor from computing."""
+"""Of its time, what a read costs that nobody waits for, since the floor answers: it takes the processor's."""
 
 MIN_GROUPS = 2
 """Experts that the cache must hold beside the floor: one that computes while the next is read."""

@@ -29,20 +29,22 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise UsageError("--max-new-tokens must be at least 1.")
-        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+        if not (0 <= self.temperature < float("inf") and self.top_k >= 0 and 0 < self.top_p <= 1):
             raise UsageError("temperature and top-k must not be negative, top-p lies above 0 and up to 1.")
+        if "" in self.stop:
+            raise UsageError("--stop needs some text: an empty one would stop at once.")
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What was generated, and the time it took; `token_ids` without the prompt's."""
+    """What was generated, and the time it took; `token_ids` without the prompt's. One token alone has no time each."""
 
     text: str
     token_ids: tuple[int, ...]
     prompt_tokens: int
     prefill_ms: float
-    ms_per_token: float
-    framework_ms_per_token: float
+    ms_per_token: float | None
+    framework_ms_per_token: float | None
 
     @property
     def tokens(self) -> int:
@@ -75,7 +77,10 @@ class Watch(TextStreamer):  # type: ignore[misc]
 
 @dataclass(slots=True)
 class StopFilter:
-    """Holds back text that may turn out to be the beginning of a stop string, which is never shown."""
+    """Holds back text that may turn out to be the beginning of a stop string, which is never shown.
+
+    Of several stop strings the one that is complete first counts, so that it does not matter in what pieces text comes.
+    """
 
     stop: tuple[str, ...]
     emit: Callable[[str], None]
@@ -87,9 +92,9 @@ class StopFilter:
         if self.stopped:
             return
         self.held += text
-        found = [at for stop in self.stop if (at := self.held.find(stop)) >= 0]
+        found = [(at + len(stop), at) for stop in self.stop if (at := self.held.find(stop)) >= 0]
         if found:
-            self.held, self.stopped = self.held[: min(found)], True
+            self.held, self.stopped = self.held[: min(found)[1]], True
             self.flush()
             return
         keep = max((n for stop in self.stop for n in range(1, len(stop)) if self.held.endswith(stop[:n])), default=0)
@@ -150,7 +155,7 @@ def generate(
             **({"tokenizer": tokenizer} if sampling.stop else {}),
         )
     shown.flush()
-    steps = max(len(watch.times) - 1, 1)
+    steps = len(watch.times) - 1
     decode_s = watch.times[-1] - watch.times[0]
     expert_s = watch.expert_times[-1] - watch.expert_times[0]
     return Answer(
@@ -158,8 +163,8 @@ def generate(
         token_ids=tuple(watch.ids),
         prompt_tokens=ids.shape[1],
         prefill_ms=1e3 * (watch.times[0] - start_s),
-        ms_per_token=1e3 * decode_s / steps,
-        framework_ms_per_token=1e3 * (decode_s - expert_s) / steps,
+        ms_per_token=1e3 * decode_s / steps if steps else None,
+        framework_ms_per_token=1e3 * (decode_s - expert_s) / steps if steps else None,
     )
 
 

@@ -20,8 +20,8 @@ from comoe.runtime.experts import SiteMath
 from comoe.store.manifest import Manifest
 from comoe.types import BlobId, ExpertId
 
-DECODE_TOKENS = 8
-"""A chunk of more tokens is prefill, which never takes the floor: coarse keys and values would stay behind."""
+DECODE_TOKENS = 1
+"""A pass of more tokens is prefill, which never takes the floor: coarse keys and values would stay behind."""
 
 
 class Use(NamedTuple):
@@ -75,15 +75,16 @@ class ServedLayer:
         """
         start_s = perf_counter()
         chunks = zip(*(torch.split(t, CHUNK_TOKENS) for t in (x, index, weight)), strict=True)
-        outputs = [self._chunk(*chunk) for chunk in chunks]
+        decode = len(x) <= DECODE_TOKENS
+        outputs = [self._chunk(*chunk, decode=decode) for chunk in chunks]
         self.serving.counts.expert_s += perf_counter() - start_s
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
-    def _chunk(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+    def _chunk(self, x: Tensor, index: Tensor, weight: Tensor, *, decode: bool) -> Tensor:
         if self.serving.before_read is not None:
             self.serving.before_read()
         uses = list(self._uses(index, weight))
-        forms = [self._choose(use, decode=len(x) <= DECODE_TOKENS) for use in uses]
+        forms = [self._choose(use, decode=decode) for use in uses]
         groups = [self.serving.blobs(self._index, use.expert, form) for use, form in zip(uses, forms, strict=True)]
         out = torch.zeros_like(x)
         waiting: dict[int, Tensor] = {}
@@ -117,7 +118,7 @@ class ServedLayer:
             serving.cache.prefetch([target])
         serving.counts.uses += 1
         serving.counts.hits += hit
-        serving.ledger.add(self._index, form, use.gate)
+        serving.ledger.add(self._index, form, use.gate, decode=decode)
         return form
 
     def _take_floor(self, use: Use, floor: str) -> bool:

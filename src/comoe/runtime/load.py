@@ -10,7 +10,7 @@ import torch
 
 from comoe.device import process
 from comoe.device.costs import measured_costs
-from comoe.device.memory import check_possible, memory_limit
+from comoe.device.memory import check_possible, default_memory
 from comoe.memory.cache import BlobCache
 from comoe.plan.cost import Costs
 from comoe.plan.footprint import FIRST_USE_FILE_BYTES, Workload, advised, beside_experts, unseen_bytes
@@ -28,10 +28,9 @@ from comoe.store.layout import PAGE, align
 from comoe.store.manifest import FORM_PARTS
 from comoe.store.pack import Pack
 from comoe.types import DoesNotFit, RemoteUnavailable, UsageError
-from comoe.units import format_size, parse_budget, parse_size
+from comoe.units import format_size, parse_budget, parse_share, parse_size
 
 DEFAULT_CONTEXT = 2048
-DEFAULT_MEMORY_SHARE = 0.8
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,12 +46,18 @@ class Options:
     dtype: str | None = None
     threads: int | None = None
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.max_loss < float("inf"):
+            raise UsageError(f"a loss of {self.max_loss} is no bound: give a fraction such as 0.02, or 0 for exact.")
+        if self.context < 1 or (self.threads is not None and self.threads < 1):
+            raise UsageError("context and threads must be at least 1.")
+
 
 def load(
     pack: str | Path,
     memory: str | int | None = None,
     expert_memory: str | int | None = None,
-    max_loss: float = 0.0,
+    max_loss: float | str = 0.0,
     edges: Sequence[str] = (),
     *,
     context: int = DEFAULT_CONTEXT,
@@ -64,7 +69,7 @@ def load(
 
     `memory` bounds the whole process ("4GiB" or bytes), `expert_memory` the experts only (also "30%" of their bf16
     bytes); without either, four fifths of what is free. `max_loss` bounds the predicted relative increase of nats per
-    token (0.02 is 2 %); 0 is exact. `source` is where the checkpoint went, if the pack refers to one that moved.
+    token (0.02 or "2%"); 0 is exact. `source` is where the checkpoint went, if the pack refers to one that moved.
 
     Raises DoesNotFit, before anything large is loaded, with the smallest budget that would do; PackError for a pack
     that cannot be used; UsageError for a budget that cannot be read.
@@ -74,12 +79,12 @@ def load(
     if memory is not None and expert_memory is not None:
         raise UsageError("give memory for the whole process or expert memory, not both.")
     loader = Loader(
-        Pack(Path(pack), source=Path(source) if source else None), Options(max_loss, context, dtype, threads)
+        Pack(Path(pack), source=Path(source) if source else None),
+        Options(parse_share(max_loss), context, dtype, threads),
     )
     if expert_memory is not None:
         return loader.within_experts(parse_budget(expert_memory, loader.pack.manifest.expert_bytes_bf16))
-    limit = int(memory_limit().nbytes * DEFAULT_MEMORY_SHARE)
-    return loader.within_process(parse_size(memory) if memory is not None else limit)
+    return loader.within_process(parse_size(memory) if memory is not None else default_memory())
 
 
 class Loader:
@@ -143,6 +148,7 @@ class Loader:
         return Planner(self.ladder, measured_costs(self.pack, perf_counter))
 
     def _skeleton(self) -> Any:
+        self.pack.check_files()
         return load_skeleton(self.pack.folder, self._dtype)
 
     def _refuse_below(self, needed: int, memory: int) -> None:

@@ -122,7 +122,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A pack: `dtype` is the checkpoint's; `layers` are in the order of the model's modules.
 
     `dense_bytes` are those of the weights outside the experts; `gate_quantiles` are the 0, 10, ... 100 % quantiles of
-    the gate of one use of an expert.
+    the gate of one use of an expert; `files` the BLAKE3 of every other file of the pack that serving reads.
     """
 
     format_version: int
@@ -136,6 +136,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     dense_bytes: int
     dense: DenseEntry = DenseEntry()
     gate_quantiles: tuple[float, ...] = ()
+    files: dict[str, str] = {}
     source: SourceEntry | None = None
 
     def site(self, layer: int) -> Site:
@@ -238,6 +239,8 @@ def _check(manifest: Manifest, path: Path) -> None:
     _refuse_unless(sound, path, "the checkpoint's folder is no path")
     for file in files:
         _refuse_unless(is_plain_name(file.name), path, f"{file.name!r} leaves the checkpoint's folder")
+    for name in manifest.files:
+        _refuse_unless(is_plain_name(name), path, f"{name!r} leaves the pack's folder")
     for index in range(len(manifest.layers)):
         _check_layer(manifest, index, path)
 

@@ -4,7 +4,9 @@ Bytes are hashed once, at first use. What a pack says of itself is `store.manife
 is `memory`.
 """
 
+import os
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,8 +14,10 @@ from blake3 import blake3
 
 from comoe.store.blobfile import MAX_HEADER_BYTES, BlobFile, read_header
 from comoe.store.directfile import Bounce, DirectFile
-from comoe.store.manifest import Manifest, PartEntry, SourceEntry, read_manifest
+from comoe.store.manifest import Manifest, PartEntry, SourceEntry, SourceFile, read_manifest
 from comoe.types import BlobId, CorruptBlob, Extent, HostileFile, PackError, SourceChanged, SourceMissing
+
+HASH_BLOCK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +90,20 @@ class Pack:
             for row in range(part.rows)
         ]
 
+    def broken_files(self) -> list[str]:
+        """A sentence for every file beside the blobs that is not as it was packed: weights, config, tokenizer."""
+        found = []
+        for name, digest in self.manifest.files.items():
+            path = self.folder / name
+            if not path.is_file() or file_hash(path) != digest:
+                found.append(f"{path} has not the bytes that were packed: the file is damaged or missing; pack again.")
+        return found
+
+    def check_files(self) -> None:
+        """Raise CorruptBlob where a file beside the blobs is not as it was packed."""
+        for sentence in self.broken_files():
+            raise CorruptBlob(sentence)
+
     @property
     def own_bytes(self) -> int:
         """Bytes of the pack's folder."""
@@ -146,6 +164,22 @@ def check_source(folder: Path, source: SourceEntry) -> None:
             raise SourceMissing(f"the pack refers to {path}, which cannot be read: {error.strerror}.") from error
         if not same:
             raise SourceChanged(f"{path} is not the file that was packed: restore it or pack again.")
+
+
+def source_entry(folder: Path, names: Sequence[str]) -> SourceEntry:
+    """The checkpoint in `folder` as `check_source` will know it again: its weight files' sizes and headers."""
+    files = [SourceFile(name=n, size=(folder / n).stat().st_size, header=header_hash(folder / n)) for n in names]
+    return SourceEntry(folder=str(folder), files=tuple(files))
+
+
+def file_hash(path: Path) -> str:
+    """BLAKE3 of a whole file, which then leaves the page cache."""
+    hasher = blake3()
+    with path.open("rb") as file:
+        while block := file.read(HASH_BLOCK_BYTES):
+            hasher.update(block)
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    return hasher.hexdigest()
 
 
 def header_hash(path: Path) -> str:

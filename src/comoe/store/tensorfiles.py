@@ -37,6 +37,8 @@ def find_folder(path: str | Path) -> Path:
     Raises UsageError or CheckpointError.
     """
     folder = Path(path)
+    if (folder / "comoe.json").is_file():
+        raise UsageError(f"{path} is a pack already: give the checkpoint that it was made of.")
     if folder.is_dir():
         return folder
     if folder.is_absolute() or str(path).startswith(".") or str(path).count("/") != 1:
