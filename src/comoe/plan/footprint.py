@@ -1,7 +1,7 @@
 """What a process needs beside its experts, reckoned from a manifest before anything is loaded. Pure, on the safe side.
 
 The runtime measures the same by a warm-up once the dense part is there. The constants are measured: see
-docs/decisions/012-memory.md.
+docs/decisions/009-memory-of-a-run.md.
 """
 
 from dataclasses import dataclass
