@@ -20,15 +20,22 @@ def ladder(
     """Blobs of `blobs[part]` bytes for every expert, `clusters` of them for `merged`; q8's parts are high and low."""
     num_experts = sum(map(len, use))
     rows = {part: clusters if part == "merged" and clusters else num_experts for part in blobs}
+    forms = tuple(form for form, names in PARTS.items() if set(names) <= blobs.keys())
+    sizes = np.array([nbytes for part, nbytes in blobs.items() for _ in range(rows[part])] + [0], np.int64)
+    first = dict(zip(blobs, np.cumsum([0, *rows.values()]).tolist(), strict=False))
+    experts = np.arange(num_experts)
     rungs = []
     for form, names in PARTS.items():
         if not set(names) <= blobs.keys():
             continue
-        parts = {name: rows[name] * blobs[name] for name in names}
+        needs = np.full((num_experts, 2), -1, np.int64)
+        for place, name in enumerate(names):
+            needs[:, place] = first[name] + experts % rows[name]
         loss = 0.0 if form == "exact" else losses.get(form)
         interval = Band(0.9 * (loss or 0.0), 1.1 * (loss or 0.0))
-        largest = {name: blobs[name] for name in names}
-        rungs.append(Rung(form, parts, largest, loss, interval, (errors or {}).get(form, ())))
+        chosen = np.full(num_experts, forms.index(form))
+        uses = np.concatenate([np.array(layer, np.float64) for layer in use])
+        rungs.append(Rung(form, forms, chosen, needs, sizes, uses, loss, interval, (errors or {}).get(form, ())))
     quantiles = tuple(at / 10 for at in range(11))
     return Ladder(tuple(rungs), tuple(np.array(layer, np.float64) for layer in use), quantiles, 1000)
 

@@ -14,6 +14,7 @@ from comoe.store.layout import layout
 from comoe.store.manifest import (
     FORMAT_VERSION,
     MANIFEST,
+    Certificate,
     ChainStep,
     LayerEntry,
     LeafEntry,
@@ -89,9 +90,15 @@ def layer_entry(
             path = write_blobs(folder, f"{layer:03}-{part}", part, rows)
             parts[part] = PartEntry(rows=len(rows), nbytes=nbytes, file=path.name)
     leaves = tuple(LeafEntry(leaf.name, leaf.shape, leaf.transposed) for leaf in LEAVES)
-    errors = {"merged": 0.3 + layer / 10, "q4": 0.02, "q8": 0.0001}
+    errors = {form: (error / 4,) * 4 for form, error in (("merged", 0.3 + layer / 10), ("q4", 0.02), ("q8", 0.0001))}
     shares = (0.4, 0.3, 0.2, 0.1)
-    return LayerEntry(f"model.layers.{layer}.mlp.experts", 4, leaves, parts, CLUSTERS, errors, shares, shares)
+    tree = ((0, 2), (1, 3), (4, 5))
+    return LayerEntry(f"model.layers.{layer}.mlp.experts", 4, leaves, parts, CLUSTERS, tree, errors, shares, shares)
+
+
+def step(name: str, digits: str, nbytes: int, loss: float) -> ChainStep:
+    interval = (0.9 * loss, 1.1 * loss)
+    return ChainStep(name, (digits,) * NUM_LAYERS, nbytes, Certificate(loss, interval, 1.5 * loss, interval, "poems"))
 
 
 def write_blobs(folder: Path, stem: str, part: str, rows: list[bytes]) -> Path:
@@ -110,9 +117,10 @@ def manifest(layers: tuple[LayerEntry, ...], source: SourceEntry | None) -> Mani
         forms=FORMS,
         layers=layers,
         chain=(
-            ChainStep("merged", 1, 0.15, (0.13, 0.17), 0.2, "poems"),
-            ChainStep("q4", 2, 0.04, (0.03, 0.05), 0.06, "poems"),
-            ChainStep("q8", 3, 0.003, (0.002, 0.004), 0.005, "poems"),
+            step("8%", "0000", 1, 0.15),
+            step("20%", "0111", 2, 0.04),
+            step("40%", "1122", 3, 0.003),
+            ChainStep("exact", ("3333",) * NUM_LAYERS, 4, Certificate(0.0, (0.0, 0.0), 0.0, (0.0, 0.0), "poems")),
         ),
         provenance=Provenance("0", "0", "none", 0, 0),
         dense_bytes=1000,

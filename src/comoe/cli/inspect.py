@@ -5,7 +5,7 @@ from typing import Any
 from comoe.cli.options import Json, PackPath, Source
 from comoe.cli.terminal import print_json, print_table
 from comoe.plan.ladder import ladder_of
-from comoe.store.manifest import Manifest
+from comoe.store.manifest import Certificate, Manifest
 from comoe.store.pack import Pack
 from comoe.units import format_loss, format_size
 
@@ -27,24 +27,38 @@ def command(pack: PackPath, source: Source = None, json: Json = False) -> None:
         f"{format_size(summary['pack_bytes'])} on disk, "
         + (f"exact experts in {summary['source']}" if summary["source"] else "self-contained")
     )
-    losses = {step["form"]: step for step in summary["chain"]}
-    rows = [
-        (
-            form["name"],
-            format_size(form["bytes"]),
-            f"{form['bytes'] / summary['expert_bytes_bf16']:.1%}",
-            f"{form['mean_error']:.2e}" if form["mean_error"] is not None else "-",
-            format_loss(losses[form["name"]]["loss"]) if form["name"] in losses else "-",
-            format_loss(losses[form["name"]]["loss_worst_domain"]) if form["name"] in losses else "-",
+    whole = summary["expert_bytes_bf16"]
+    columns = ("all experts in", "memory", "of bf16", "output error")
+    print_table(columns, [_form_row(form, whole) for form in summary["forms"]])
+    if summary["chain"]:
+        print()
+        print_table(
+            ("step", "memory", "of bf16", "loss", "worst domain", "uses served by"),
+            [_step_row(step, whole) for step in summary["chain"]],
         )
-        for form in summary["forms"]
-    ]
-    print_table(("form", "memory", "of bf16", "output error", "loss", "worst domain"), rows)
+
+
+def _form_row(form: dict[str, Any], whole: int) -> tuple[str, ...]:
+    error = f"{form['mean_error']:.2e}" if form["mean_error"] is not None else "-"
+    return form["name"], format_size(form["bytes"]), f"{form['bytes'] / whole:.1%}", error
+
+
+def _step_row(step: dict[str, Any], whole: int) -> tuple[str, ...]:
+    losses = [format_loss(step[key]) if step[key] is not None else "-" for key in ("loss", "loss_worst_domain")]
+    shares = ", ".join(f"{form} {share:.0%}" for form, share in step["shares"].items())
+    nbytes = step["resident_bytes"]
+    return step["step"], format_size(nbytes), f"{nbytes / whole:.1%}", *losses, shares
+
+
+def _certified(certificate: Certificate | None) -> dict[str, Any]:
+    """A step's measured loss; all None where it has no certificate."""
+    return {key: getattr(certificate, key, None) for key in Certificate.__struct_fields__}
 
 
 def describe(manifest: Manifest) -> dict[str, Any]:
     """The contract's summary of a manifest."""
     ladder = ladder_of(manifest)
+    forms = [ladder.rung(form) for form in manifest.forms]
     return {
         "model_type": manifest.model_type,
         "dtype": manifest.dtype,
@@ -54,18 +68,15 @@ def describe(manifest: Manifest) -> dict[str, Any]:
         "expert_bytes_bf16": manifest.expert_bytes_bf16,
         "dense_bytes": manifest.dense_bytes,
         "source": manifest.source.folder if manifest.source else None,
-        "forms": [{"name": rung.form, "bytes": rung.nbytes, "mean_error": rung.mean_error} for rung in ladder.rungs],
+        "forms": [{"name": rung.name, "bytes": rung.nbytes, "mean_error": rung.mean_error} for rung in forms],
         "chain": [
             {
-                "step": number,
-                "form": step.form,
+                "step": step.name,
                 "resident_bytes": step.resident_bytes,
-                "loss": step.loss,
-                "loss_ci95": step.loss_ci95,
-                "loss_worst_domain": step.loss_worst_domain,
-                "worst_domain": step.worst_domain,
+                **_certified(step.certificate),
+                "shares": ladder.rung(step.name).shares,
             }
-            for number, step in enumerate(manifest.chain)
+            for step in manifest.chain
         ],
         "provenance": {
             "comoe": manifest.provenance.comoe,

@@ -3,7 +3,7 @@
 import numpy as np
 
 from comoe.device.probe import Clock, kernel_bps, memory_bps, read_rate
-from comoe.forms.matrices import matrix_of
+from comoe.forms.matrices import SUMS, matrices_of
 from comoe.kernels import native
 from comoe.plan.cost import Costs
 from comoe.plan.ladder import Band
@@ -23,9 +23,10 @@ def measured_costs(pack: Pack, clock: Clock, framework_ms: Band | None = None) -
     `framework_ms` where a warm-up measured it, else a wide band.
     """
     manifest = pack.manifest
+    computed = [form for form in manifest.forms if FORM_PARTS[form]]
     memory = memory_bps(clock)
     rate, latency = read_rate(pack, _probes(manifest), clock)
-    forms = {form: _compute_bps(manifest, form, clock) for form in manifest.forms} if native.available() else {}
+    forms = {form: _compute_bps(manifest, form, clock) for form in computed} if native.available() else {}
     return Costs(rate, latency, memory, framework_ms or expected_framework_ms(manifest, memory), forms)
 
 
@@ -37,16 +38,25 @@ def _probes(manifest: Manifest) -> list[BlobId]:
 
 
 def _compute_bps(manifest: Manifest, form: str, clock: Clock) -> float:
-    """Of the largest matrix of the first layer's experts, filled with zeros."""
+    """Of the largest matrix of the first layer's experts, filled with zeros; of a sum, of all its terms in turn."""
     site = manifest.site(0)
     leaf = max((leaf for leaf in site.leaves if leaf.is_matrix), key=lambda leaf: leaf.size)
-    planes = {
-        field.plane: np.zeros(field.nbytes, np.uint8)
-        for part in FORM_PARTS[form]
-        for field in layout(site, part).fields
-        if field.leaf == leaf.name
-    }
-    return kernel_bps(matrix_of(leaf, form, site.dtype, planes), clock)
+    nbytes = seconds = 0.0
+    for code, parts in _terms(form):
+        fields = [field for part in parts for field in layout(site, part).fields if field.leaf == leaf.name]
+        planes = {field.plane: np.zeros(field.nbytes, np.uint8) for field in fields}
+        size = sum(field.nbytes for field in fields)
+        nbytes += size
+        for matrix in matrices_of(leaf, code, site.dtype, planes):
+            seconds += matrix.nbytes / kernel_bps(matrix, clock)
+    return nbytes / seconds
+
+
+def _terms(form: str) -> list[tuple[str, tuple[str, ...]]]:
+    """Codes and the parts that are written in them."""
+    if form in SUMS:
+        return [(code, (part,)) for code, part in zip(SUMS[form], FORM_PARTS[form], strict=True)]
+    return [(form, FORM_PARTS[form])]
 
 
 def expected_framework_ms(manifest: Manifest, bandwidth_bps: float) -> Band:

@@ -52,11 +52,10 @@ def kernel_bps(matrix: Matrix, clock: Clock, *, nbytes: int = 8 << 20, repeats: 
     Copies of together `nbytes` take turns, so that a small cache holds none of them; of tiny matrices, whose calls
     cost more than their bytes, only `MOST_COPIES`.
     """
-    size = sum(plane.nbytes for plane in (matrix.weight, matrix.scales, matrix.low) if plane is not None)
-    copies = [_copy(matrix) for _ in range(min(max(2, nbytes // size), MOST_COPIES))]
+    copies = [_copy(matrix) for _ in range(min(max(2, nbytes // matrix.nbytes), MOST_COPIES))]
     x, out = np.ones((1, matrix.cols), np.float32), np.empty((1, matrix.rows), np.float32)
     passes = [[_timed(clock, partial(native.linear, copy, x, out)) for copy in copies] for _ in range(repeats + 1)]
-    return size * len(copies) / median(map(sum, passes[1:]))
+    return matrix.nbytes * len(copies) / median(map(sum, passes[1:]))
 
 
 def _copy(matrix: Matrix) -> Matrix:

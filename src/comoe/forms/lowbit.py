@@ -8,7 +8,7 @@ finer forms would have to keep their scales, which fit the largest weight and co
 import torch
 from torch import Tensor
 
-from comoe.forms.compensate import compensated
+from comoe.forms.compensate import Gram, compensated
 from comoe.forms.quantise import Planes
 
 NUM_SHARES = 24
@@ -16,10 +16,10 @@ LEAST_SHARE = 0.4
 """Scales are tried from the one that reaches the largest weight down to this share of it."""
 
 
-def quantise_low(weight: Tensor, group: int, bits: int, gram: Tensor | None = None) -> Planes:
+def quantise_low(weight: Tensor, group: int, bits: int, gram: Gram | None = None) -> Planes:
     """`weight` (rows, cols), whose cols `group` divides, in 2 or 3 bits. ValueError where float16 scales overflow.
 
-    `gram` (cols, cols) is X^T X of the matrix's inputs on calibration text; without it weights are rounded to nearest.
+    `gram` is that of the matrix's inputs on calibration text; without it weights are rounded to nearest.
     """
     half = 1 << (bits - 1)
     rows, cols = weight.shape
@@ -27,7 +27,7 @@ def quantise_low(weight: Tensor, group: int, bits: int, gram: Tensor | None = No
     if float(original.abs().max()) / (half - 0.5) > torch.finfo(torch.float16).max:
         raise ValueError("a weight is too large for float16 scales")
     scales = torch.empty(rows, cols // group)
-    importance = torch.ones(cols) if gram is None else gram.diagonal().float().clamp(min=1e-12)
+    importance = torch.ones(cols) if gram is None else gram.importance
 
     def rounding(column: int, current: Tensor) -> tuple[Tensor, Tensor]:
         at = column // group

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
-from scipy.cluster.hierarchy import fcluster, linkage
+from scipy.cluster.hierarchy import linkage
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import squareform
 from torch import Tensor
@@ -19,6 +19,7 @@ from torch import Tensor
 from comoe.types import Leaf
 
 Expert = Mapping[str, Tensor]
+Tree = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,16 +40,25 @@ def output_distances(outputs: Tensor) -> npt.NDArray[np.float64]:
     return np.asarray(torch.cdist(flat, flat).numpy())
 
 
-def clusters(distances: npt.NDArray[np.float64], num_clusters: int) -> list[int]:
-    """The cluster of every expert: average linkage cut at `num_clusters`, numbered by their first member."""
-    num_experts = len(distances)
-    if num_clusters >= num_experts:
-        return list(range(num_experts))
+def dendrogram(distances: npt.NDArray[np.float64]) -> Tree:
+    """Which experts average linkage joins, in order: pairs of experts and, from E on, of earlier pairs."""
+    if len(distances) < 2:
+        return ()
     symmetric = (distances + distances.T) / 2
     np.fill_diagonal(symmetric, 0.0)
-    labels = fcluster(linkage(squareform(symmetric, checks=False), "average"), num_clusters, "maxclust")
-    numbers: dict[int, int] = {}
-    return [numbers.setdefault(int(label), len(numbers)) for label in labels]
+    joined = linkage(squareform(symmetric, checks=False), "average")[:, :2].astype(int)
+    return tuple((int(a), int(b)) for a, b in joined)
+
+
+def clusters(tree: Tree, num_clusters: int) -> tuple[int, ...]:
+    """The cluster of every expert: the dendrogram cut at `num_clusters`, numbered by their first member."""
+    num_experts = len(tree) + 1
+    members = {expert: [expert] for expert in range(num_experts)}
+    for at, (a, b) in enumerate(tree[: max(0, num_experts - num_clusters)]):
+        members[num_experts + at] = members.pop(a) + members.pop(b)
+    ordered = sorted(members.values(), key=min)
+    number = {expert: at for at, cluster in enumerate(ordered) for expert in cluster}
+    return tuple(number[expert] for expert in range(num_experts))
 
 
 def merge(experts: Sequence[Expert], masses: Sequence[float], units: HiddenUnits | None) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from comoe.forms.compensate import compensated
+from comoe.forms.compensate import Gram, compensated
 
 STEPS = 7.5
 """The largest weight of a group lies at this many steps: half a step beyond either end of [-8, 7]."""
@@ -28,10 +28,10 @@ class Planes:
     low: Tensor | None
 
 
-def quantise(weight: Tensor, group: int, gram: Tensor | None = None) -> Planes:
+def quantise(weight: Tensor, group: int, gram: Gram | None = None) -> Planes:
     """Both planes of `weight` (rows, cols), whose cols `group` divides.
 
-    `gram` (cols, cols) is X^T X of the matrix's inputs on calibration text; without it weights are rounded to nearest.
+    `gram` is that of the matrix's inputs on calibration text; without it weights are rounded to nearest.
     ValueError where a weight is too large for a float16 scale.
     """
     original = weight.float()
@@ -68,7 +68,7 @@ def _scales(weight: Tensor, group: int) -> Tensor:
     return scales
 
 
-def _compensated(steps: Tensor, scales: Tensor, gram: Tensor) -> Tensor:
+def _compensated(steps: Tensor, scales: Tensor, gram: Gram) -> Tensor:
     """High levels (rows, cols) between floor and ceiling of `steps`, w = steps * scales."""
     floor, ceiling = steps.floor().clamp(-8, 7), steps.ceil().clamp(-8, 7)
 

@@ -66,6 +66,11 @@ class Matrix:
         if low_bits and (self.low is None or self.low.nbytes * 8 != self.rows * self.cols * low_bits):
             raise ValueError(f"a {self.code.name} matrix needs its low plane")
 
+    @property
+    def nbytes(self) -> int:
+        """Of all planes together."""
+        return sum(plane.nbytes for plane in (self.weight, self.scales, self.low) if plane is not None)
+
     def dense(self) -> npt.NDArray[np.float32]:
         """The weights in float32, slowly and obviously."""
         shape = (self.rows, self.cols)

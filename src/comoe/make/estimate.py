@@ -6,13 +6,14 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
+from comoe.forms.compensate import Gram
 from comoe.forms.quantise import quantise
-from comoe.make.layers import ERROR_TOKENS, Layer, blob_bytes, oriented
+from comoe.make.study import ERROR_TOKENS, Layer, blob_bytes, oriented
 from comoe.runtime.hook import expert_forward
 from comoe.store.layout import group_size, quantised
 from comoe.types import Site
 
-FORM_PASSES = {"merged": 2, "q2": 1, "q3": 1, "q4": 1, "q8": 1}
+FORM_PASSES = {"merged": 2, "q2": 1, "residual": 2, "lowrank": 2, "q3": 1, "q4": 1, "q8": 1}
 """How often a form reads an expert again and measures its error on calibration tokens."""
 
 
@@ -42,7 +43,7 @@ def _quantise(site: Site, tensors: dict[str, Tensor], *, compensated: bool) -> N
     for leaf in site.leaves:
         group = group_size(leaf.cols) if quantised(leaf) else None
         if group is not None:
-            gram = torch.eye(leaf.cols) if compensated else None
+            gram = Gram(torch.eye(leaf.cols)) if compensated else None
             quantise(oriented(leaf, tensors[leaf.name]), group, gram)
 
 

@@ -25,11 +25,14 @@ from torch import Tensor
 
 from comoe.device import process
 from comoe.make.calibrate import LayerInputs, Text, check_calibratable, cut, record, recorded
-from comoe.make.certify import certify
+from comoe.make.certify import Windows, certify
+from comoe.make.chain import PROBED, better, chain, restricted, used_forms
 from comoe.make.dense import dense_entry
 from comoe.make.estimate import seconds_to_pack
-from comoe.make.layers import Layer, build
+from comoe.make.layers import build
 from comoe.make.protocol import Evaluation
+from comoe.make.shared import SHARING
+from comoe.make.study import Layer
 from comoe.runtime.generate import tokenizer_of
 from comoe.runtime.skeleton import load_skeleton
 from comoe.store.checkpoint import Checkpoint
@@ -41,7 +44,7 @@ from comoe.store.manifest import (
     FORM_PARTS,
     FORMAT_VERSION,
     MANIFEST,
-    ChainStep,
+    Certificate,
     LayerEntry,
     Manifest,
     Provenance,
@@ -52,7 +55,12 @@ from comoe.store.pack import Pack, file_hash, header_hash, source_entry
 from comoe.types import CheckpointError, ComoeError, Progress, StorageFull, UsageError
 from comoe.units import format_seconds, format_size
 
-DEFAULT_FORMS = ("merged", "q4", "q8")
+DEFAULT_FORMS = ("dropped", "merged", "lowrank", "q2", "residual", "q3", "q4", "q8")
+"""Tried by default; those that no step of the chain uses are left out of the pack."""
+
+CALIBRATED_FORMS = {"dropped", *SHARING}
+"""Forms that say nothing without calibration text."""
+
 HELD_OUT = 4
 """One window in so many is kept from calibration, to certify on."""
 
@@ -65,11 +73,15 @@ STORED = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", to
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """What to make. Without `texts` nothing is calibrated: no merged form, plain rounding, no certificate."""
+    """What to make. Without `texts` nothing is calibrated: no merged form, plain rounding, no certificate.
+
+    `distil_steps` are those of training for each merged expert.
+    """
 
     forms: tuple[str, ...] = DEFAULT_FORMS
     texts: tuple[Text, ...] = ()
     num_tokens: int = 16384
+    distil_steps: int = 100
     self_contained: bool = False
     seed: int = 0
     threads: int | None = None
@@ -134,7 +146,7 @@ class Packer:
         self._checkpoint, self._target, self._recipe, self._progress = checkpoint, target, recipe, progress
         self._folder = target.with_name(f"{target.name}.partial")
         self._work = self._folder / "work"
-        forms = {"exact", *recipe.forms} - (set() if recipe.texts else {"merged"})
+        forms = {"exact", *recipe.forms} - (set() if recipe.texts else CALIBRATED_FORMS)
         if not all(any(quantised(leaf) for leaf in site.leaves) for site in checkpoint.sites):
             forms &= {"exact"}
         self._forms = tuple(form for form in FORM_PARTS if form in forms)
@@ -155,9 +167,9 @@ class Packer:
         manifest = self._manifest(dense_bytes, layers, inputs)
         self._write(MANIFEST, encode(manifest))
         if self._recipe.texts:
-            chain = self._certify()
-            manifest = msgspec.structs.replace(manifest, chain=chain)
+            manifest = self._with_chain(manifest)
             self._write(MANIFEST, encode(manifest))
+            self._remove_unused(manifest)
         shutil.rmtree(self._work)
         self._folder.replace(self._target)
         return manifest
@@ -311,7 +323,8 @@ class Packer:
             if not done.exists():
                 inputs = self._inputs(index) if calibrated else None
                 layer = Layer(self._checkpoint, index, module, inputs, self._folder)
-                entry = build(layer, self._forms, self_contained=self._recipe.self_contained)
+                steps, whole = self._recipe.distil_steps, self._recipe.self_contained
+                entry = build(layer, self._forms, steps, self_contained=whole)
                 self._write(f"work/{done.name}", encode(entry))
             entries.append(decode(done.read_bytes(), LayerEntry, done))
         return tuple(entries)
@@ -344,28 +357,64 @@ class Packer:
 
     def _file_hashes(self) -> dict[str, str]:
         """Of everything but blobs and the manifest."""
-        blobs = self._folder.glob("[0-9][0-9][0-9]-*.safetensors")
-        others = {path for path in self._folder.iterdir() if path.is_file()} - {*blobs, self._folder / MANIFEST}
+        others = {path for path in self._folder.iterdir() if path.is_file()}
+        others -= {*self._blob_files(), self._folder / MANIFEST}
         return {path.name: file_hash(path) for path in sorted(others)}
+
+    def _blob_files(self) -> list[Path]:
+        return list(self._folder.glob("[0-9][0-9][0-9]-*.safetensors"))
 
     def _gate_quantiles(self) -> tuple[float, ...]:
         gates: list[Tensor] = [self._inputs(layer).gate.abs().flatten() for layer in range(len(self._checkpoint.sites))]
         return tuple(np.quantile(torch.cat(gates).numpy(), np.linspace(0, 1, 11)).tolist())
 
-    def _certify(self) -> tuple[ChainStep, ...]:
+    def _with_chain(self, manifest: Manifest) -> Manifest:
+        """The manifest with its chain, certified where there is text enough."""
         held_out = {name: domain[::HELD_OUT] for name, domain in self._windows.items()}
-        if sum(map(len, held_out.values())) < MIN_HELD_OUT:
-            return ()
         for name in ("_model", "_evaluation"):
             self.__dict__.pop(name, None)
-        forms = [form for form in self._forms if form != "exact"]
+        enough = sum(map(len, held_out.values())) >= MIN_HELD_OUT
+        sharing = enough and self._is_sharing_better(manifest, held_out)
+        manifest = msgspec.structs.replace(manifest, chain=chain(manifest, sharing=sharing))
+        if self._recipe.forms == DEFAULT_FORMS and manifest.chain:
+            manifest = restricted(manifest, used_forms(manifest.chain, manifest.forms))
+        if not enough:
+            return manifest
+        found = self._certify(manifest, held_out, 0.85, 1.0)
+        steps = tuple(msgspec.structs.replace(step, certificate=found.get(step.name)) for step in manifest.chain)
+        return msgspec.structs.replace(manifest, chain=steps)
+
+    def _is_sharing_better(self, manifest: Manifest, held_out: Windows) -> bool:
+        """Whether chains in which experts share blobs lose less on text; a form earns its place by measurement."""
+        if not {*SHARING} & {*manifest.forms}:
+            return False
+        found = [
+            self._certify(
+                msgspec.structs.replace(manifest, chain=chain(manifest, sharing=sharing, shares=PROBED)),
+                held_out,
+                *((0.8, 0.825) if sharing else (0.825, 0.85)),
+            )
+            for sharing in (True, False)
+        ]
+        return better(*found)
+
+    def _certify(self, manifest: Manifest, held_out: Windows, start: float, end: float) -> dict[str, Certificate]:
+        """Certificates of the manifest's chain, but for exact, by step."""
+        self._write(MANIFEST, encode(manifest))
         return certify(
             self._folder,
-            forms,
+            [step.name for step in manifest.chain if step.name != "exact"],
             held_out,
-            lambda done: self._progress("certificate", 0.8 + 0.2 * done),
+            lambda done: self._progress("certificate", start + (end - start) * done),
             self._recipe.threads,
         )
+
+    def _remove_unused(self, manifest: Manifest) -> None:
+        """Blob files that the manifest does not name."""
+        named = {part.file for layer in manifest.layers for part in layer.parts.values()}
+        for path in self._blob_files():
+            if path.name not in named:
+                path.unlink()
 
     def _write(self, name: str, data: bytes) -> None:
         """Write a file of the partial folder so that it is whole or not there."""

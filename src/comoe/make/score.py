@@ -45,6 +45,7 @@ class Loss:
     ci95: tuple[float, float]
     worst_domain: str
     worst: float
+    worst_ci95: tuple[float, float]
     per_domain: Mapping[str, float]
 
 
@@ -59,12 +60,17 @@ def compare(score: Score, exact: Score, *, num_resamples: int = 10_000, seed: in
     if not increases or score.domains.keys() != exact.domains.keys():
         raise ValueError("Only scores of the same domains can be compared, and of at least one.")
     rng = np.random.default_rng(seed)
-    resampled = [x[rng.integers(len(x), size=(num_resamples, len(x)))].mean(1) for x in increases.values()]
-    low, high = np.quantile(np.mean(resampled, axis=0), [0.025, 0.975])
+    resampled = {name: x[rng.integers(len(x), size=(num_resamples, len(x)))].mean(1) for name, x in increases.items()}
     per_domain = {name: float(x.mean()) for name, x in increases.items()}
     worst = max(per_domain, key=per_domain.__getitem__)
     mean = float(np.mean(list(per_domain.values())))
-    return Loss(mean, (float(low), float(high)), worst, per_domain[worst], per_domain)
+    interval = _interval(np.mean(list(resampled.values()), axis=0))
+    return Loss(mean, interval, worst, per_domain[worst], _interval(resampled[worst]), per_domain)
+
+
+def _interval(resampled: Floats) -> tuple[float, float]:
+    low, high = np.quantile(resampled, [0.025, 0.975])
+    return float(low), float(high)
 
 
 def _increase(domain: DomainScore | None, exact: DomainScore) -> Floats:

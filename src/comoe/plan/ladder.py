@@ -1,16 +1,19 @@
 """The ladder as the planner sees it: what every rung costs in bytes and in quality, and how experts are used."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from comoe.store.layout import PAGE, align
-from comoe.store.manifest import FORM_PARTS, Manifest
+from comoe.store.manifest import FORM_PARTS, LayerEntry, Manifest
 
 Array = npt.NDArray[np.float64]
+Indices = npt.NDArray[np.int64]
+Flags = npt.NDArray[np.bool_]
+Assignment = Sequence[Sequence[str]]
 
 
 class Band(NamedTuple):
@@ -20,41 +23,68 @@ class Band(NamedTuple):
     high: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Rung:
-    """A form for all experts: memory of its parts when all are resident, and its certified loss with its interval.
+    """A form for every expert: the blobs that they need, and the certified loss with its interval.
 
-    `largest` is the memory of the largest blob of every part; `errors[layer]` the relative error of a layer's outputs;
-    `loss` is None where the pack has no certificate.
+    Of N experts and B blobs of the pack: `form` (N,) are indices into `forms`; `needs` (N, P) the blobs of each expert
+    in order, -1 where it needs fewer; `sizes` (B + 1,) the memory that each blob takes, 0 for -1. `use` (N,) is as in
+    the ladder. `errors[layer]` is the relative error of a layer's outputs; `loss` None where there is no certificate.
     """
 
-    form: str
-    parts: Mapping[str, int]
-    largest: Mapping[str, int]
+    name: str
+    forms: tuple[str, ...]
+    form: Indices
+    needs: Indices
+    sizes: Indices
+    use: Array
     loss: float | None
     loss_ci95: Band
     errors: tuple[float, ...]
+    held: Flags = field(init=False)
+    """Which blobs (B + 1,) are needed at all; the last one stands for none."""
+
+    def __post_init__(self) -> None:
+        held = np.zeros(len(self.sizes), np.bool_)
+        held[self.needs.ravel()] = True
+        object.__setattr__(self, "held", held)
 
     @property
     def nbytes(self) -> int:
-        return sum(self.parts.values())
+        return int(self.sizes[self.held].sum())
 
     def beside(self, floor: "Rung | None") -> int:
-        """Bytes of the parts that `floor` does not hold already."""
-        return sum(self.parts[part] for part in self._beside(floor))
+        """Memory of the blobs that `floor` does not hold already."""
+        held = self.held if floor is None else self.held & ~floor.held
+        return int(self.sizes[held].sum())
+
+    def groups_beside(self, floor: "Rung | None") -> Array:
+        """Memory (N,) of each expert's blobs that `floor` does not hold."""
+        sizes = self.sizes if floor is None else np.where(floor.held, 0, self.sizes)
+        found: Array = sizes[self.needs].sum(1).astype(np.float64)
+        return found
 
     def group_beside(self, floor: "Rung | None") -> int:
-        """Bytes of one expert's parts that `floor` does not hold: of the largest expert."""
-        return sum(self.largest[part] for part in self._beside(floor))
+        """Memory of one expert's blobs that `floor` does not hold: of the largest."""
+        return int(self.groups_beside(floor).max(initial=0))
 
-    def _beside(self, floor: "Rung | None") -> list[str]:
-        return [part for part in self.parts if floor is None or part not in floor.parts]
+    @property
+    def shares(self) -> dict[str, float]:
+        """Share of uses by form, coarse to exact."""
+        uses = np.bincount(self.form, self.use, len(self.forms)) / max(float(self.use.sum()), 1e-12)
+        return {form: float(share) for form, share in zip(self.forms, uses, strict=True) if share > 0}
+
+    @property
+    def touched(self) -> dict[str, float]:
+        """Bytes of weights that one token's experts take from memory, by form."""
+        nbytes = np.bincount(self.form, self.use * self.groups_beside(None), len(self.forms))
+        return {form: float(found) for form, found in zip(self.forms, nbytes, strict=True) if found}
 
     @property
     def price(self) -> float:
         """The loss to reckon with: the upper end of the certified interval. ValueError without a certificate."""
         if self.loss is None:
-            raise ValueError(f"{self.form} has no certificate")
+            raise ValueError(f"{self.name} has no certificate")
         return max(0.0, self.loss_ci95.high)
 
     @property
@@ -77,7 +107,7 @@ class Rung:
 
 @dataclass(frozen=True, slots=True)
 class Ladder:
-    """Rungs from coarse to exact, and the profile.
+    """Rungs from coarse to exact, and the profile: the pack's forms, each for all experts, and the steps of its chain.
 
     `use[layer]` (E,) is the expected number of uses of every expert per token; `gate_quantiles` as in the manifest.
     """
@@ -101,46 +131,80 @@ class Ladder:
 
     def forms(self, max_loss: float) -> tuple[str, ...]:
         """The forms that a plan within `max_loss` may serve."""
-        return tuple(rung.form for rung in self.certified) if max_loss > 0 else (self.exact.form,)
+        served = self.certified if max_loss > 0 else (self.exact,)
+        used = {rung.forms[at] for rung in served for at in np.unique(rung.form)}
+        return tuple(form for form in self.exact.forms if form in used)
 
-    def rung(self, form: str) -> Rung:
-        """KeyError where the pack has no such form."""
-        return {rung.form: rung for rung in self.rungs}[form]
+    def rung(self, name: str) -> Rung:
+        """KeyError where the pack has no such form or step."""
+        return next(rung for rung in self.rungs if rung.name == name)
 
 
 def ladder_of(manifest: Manifest) -> Ladder:
     """The ladder and profile of a pack."""
-    steps = {step.form: step for step in manifest.chain}
-    rungs = []
-    for form in manifest.forms:
-        step = steps.get(form)
-        exact = form == "exact"
-        loss = 0.0 if exact else step.loss if step else None
-        interval = Band(*step.loss_ci95) if step and not exact else Band(0.0, 0.0)
-        parts = {part: held_bytes(manifest, part) for part in FORM_PARTS[form]}
-        largest = {part: _largest_blob(manifest, part) for part in FORM_PARTS[form]}
-        rungs.append(Rung(form, parts, largest, loss, interval, _errors(manifest, form)))
     use = tuple(_use(layer.frequency, layer.num_experts, manifest.experts_per_token) for layer in manifest.layers)
+    blobs = _Blobs(manifest)
+    steps = {step.name: step.certificate for step in manifest.chain}
+    names = [*(form for form in manifest.forms if form not in steps and form != "exact"), *steps]
+    rungs = []
+    for name in names if "exact" in steps else [*names, "exact"]:
+        assignment = manifest.assignment(name)
+        certificate = steps.get(name)
+        exact = name == "exact"
+        rungs.append(
+            Rung(
+                name=name,
+                forms=manifest.forms,
+                form=np.array([manifest.forms.index(form) for layer in assignment for form in layer]),
+                needs=blobs.needs(assignment),
+                sizes=blobs.sizes,
+                use=np.concatenate(use),
+                loss=0.0 if exact else certificate.loss if certificate else None,
+                loss_ci95=Band(*certificate.loss_ci95) if certificate and not exact else Band(0.0, 0.0),
+                errors=_errors(manifest, assignment),
+            )
+        )
     return Ladder(tuple(rungs), use, manifest.gate_quantiles, manifest.expert_bytes_bf16)
 
 
-def _errors(manifest: Manifest, form: str) -> tuple[float, ...]:
-    """Error of `form` by layer, empty where nothing was measured. A layer that no text reached is taken as the mean."""
-    measured = [layer.errors[form] for layer in manifest.layers if form in layer.errors]
-    if form == "exact":
-        return (0.0,) * len(manifest.layers)
-    return tuple(layer.errors.get(form, sum(measured) / len(measured)) for layer in manifest.layers if measured)
+class _Blobs:
+    """All blobs of a pack by number: those of a part of a layer follow each other."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self._manifest = manifest
+        self._first: dict[tuple[int, str], int] = {}
+        sizes: list[int] = []
+        for at, layer in enumerate(manifest.layers):
+            for part, entry in layer.parts.items():
+                self._first[at, part] = len(sizes)
+                sizes += [align(entry.nbytes, PAGE)] * entry.rows
+        self.sizes = np.array([*sizes, 0], np.int64)
+
+    def needs(self, assignment: Assignment) -> Indices:
+        """The blobs (N, P) of every expert."""
+        width = max(map(len, FORM_PARTS.values()))
+        found = np.full((sum(map(len, assignment)), width), -1, np.int64)
+        experts = zip(self._manifest.expert_ids, (form for layer in assignment for form in layer), strict=True)
+        for at, (expert, form) in enumerate(experts):
+            for place, blob in enumerate(self._manifest.blobs(expert, form)):
+                found[at, place] = self._first[blob.layer, blob.part] + blob.row
+        return found
 
 
-def held_bytes(manifest: Manifest, part: str) -> int:
-    """Memory that all blobs of `part` take: every blob in pages of its own."""
-    entries = [layer.parts[part] for layer in manifest.layers]
-    return sum(entry.rows * align(entry.nbytes, PAGE) for entry in entries)
+def _errors(manifest: Manifest, assignment: Assignment) -> tuple[float, ...]:
+    """Error by layer, empty where nothing was measured. A layer that no text reached is taken as the mean."""
+    found = [_layer_error(layer, forms) for layer, forms in zip(manifest.layers, assignment, strict=True)]
+    measured = [error for error in found if error is not None]
+    if not measured:
+        return ()
+    return tuple(sum(measured) / len(measured) if error is None else error for error in found)
 
 
-def _largest_blob(manifest: Manifest, part: str) -> int:
-    """Memory that one blob of `part` takes, in the layer where it is largest."""
-    return max(align(layer.parts[part].nbytes, PAGE) for layer in manifest.layers)
+def _layer_error(layer: LayerEntry, forms: Sequence[str]) -> float | None:
+    """None where a form's error was not measured."""
+    if any(form not in layer.errors for form in {*forms} - {"exact"}):
+        return None
+    return sum(layer.errors[form][expert] for expert, form in enumerate(forms) if form != "exact")
 
 
 def _use(frequency: tuple[float, ...], num_experts: int, experts_per_token: int) -> Array:

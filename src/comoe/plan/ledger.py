@@ -15,25 +15,27 @@ class Account:
 
 @dataclass(slots=True)
 class Ledger:
-    """Counts gates by (layer, form) and prices them by the certified losses.
+    """Counts gates by form and prices them by the certified losses.
 
-    The estimate is linear: a use in a form costs the form's certified loss, split over layers by their measured
+    The estimate is linear: a use in a rung costs the rung's certified loss, split over layers by their measured
     errors, times its share of all gates. `bound` is a fraction; 0 is exact. The bound is on the answer: a long exact
     prompt earns no credit for it, so decoding has an account of its own.
     """
 
     ladder: Ladder
     bound: float
-    gates: dict[tuple[int, str], float] = field(default_factory=dict)
+    gates: dict[str, float] = field(default_factory=dict)
     prompt: Account = field(default_factory=Account)
     answer: Account = field(default_factory=Account)
 
-    def add(self, layer: int, form: str, gate: float, *, decode: bool = True) -> None:
-        """Record uses of `form` in `layer` whose gates sum to `gate`, for the answer or for its prompt."""
-        key = (layer, form)
-        self.gates[key] = self.gates.get(key, 0.0) + gate
+    def add(self, layer: int, rung: str, form: str, gate: float, *, decode: bool = True) -> None:
+        """Record uses in `layer` of an expert in `rung`, which is in `form` there, for the answer or for its prompt.
+
+        Their gates sum to `gate`.
+        """
+        self.gates[form] = self.gates.get(form, 0.0) + gate
         account = self.answer if decode else self.prompt
-        account.spent += gate * self.ladder.rung(form).loss_rate(layer)
+        account.spent += gate * self.ladder.rung(rung).loss_rate(layer)
         account.total += gate
 
     @property
@@ -42,18 +44,15 @@ class Ledger:
         account = self.answer if self.answer.total else self.prompt
         return account.spent / account.total if account.total else 0.0
 
-    def allows(self, layer: int, form: str, gate: float) -> bool:
-        """Whether the estimate stays within the bound after `gate` more of the answer in `form`."""
-        spent = self.answer.spent + gate * self.ladder.rung(form).loss_rate(layer)
+    def allows(self, layer: int, rung: str, gate: float) -> bool:
+        """Whether the estimate stays within the bound after `gate` more of the answer in `rung`."""
+        spent = self.answer.spent + gate * self.ladder.rung(rung).loss_rate(layer)
         return spent <= self.bound * (self.answer.total + gate)
 
     def shares(self) -> dict[str, float]:
         """Share of all gates by form."""
-        forms: dict[str, float] = {}
         total = sum(self.gates.values())
-        for (_, form), gate in self.gates.items():
-            forms[form] = forms.get(form, 0.0) + (gate / total if total else 0.0)
-        return forms
+        return {form: gate / total if total else 0.0 for form, gate in self.gates.items()}
 
     def clear(self) -> None:
         """Start a request."""

@@ -98,30 +98,29 @@ class Planner:
     def _reserve(self, floor: Rung | None, target: Rung) -> int:
         return min(target.beside(floor), MIN_GROUPS * target.group_beside(floor))
 
-    def _unit(self, nbytes: int) -> int:
-        return -(-nbytes // self.ladder.num_experts)
-
     def _plan(self, name: str, floor: Rung | None, target: Rung, budget: int, max_loss: float) -> Plan | None:
         whole = target.beside(floor)
         room = min(budget - _floor_bytes(floor), whole)
         if room < self._reserve(floor, target):
             return None
         use = np.concatenate(self.ladder.use)
-        unit = self._unit(whole)
-        miss = 1.0 - hit_rate(use, len(use) if room >= whole else room / unit)
+        streamed = target.groups_beside(floor) > 0
+        unit = whole / max(int(streamed.sum()), 1)
+        missed = 1.0 - hit_rate(use[streamed], len(use) if room >= whole else room / unit)
+        miss = missed * float(use[streamed].sum() / use.sum())
         coarse = self._coarse_share(floor, target, miss, max_loss)
         reads = float(use.sum()) * miss
         waits = float(use.sum()) * (miss - coarse + BACKGROUND_SHARE * coarse)
-        touched = float(use.sum()) * self._unit(target.nbytes)
-        ms = self.costs.expert_ms(touched, target.form) + self.costs.read_ms(waits * unit, waits)
-        shares = {target.form: 1.0 - coarse}
-        if floor is not None:
-            shares[floor.form] = coarse
+        ms = sum(self.costs.expert_ms(nbytes, form) for form, nbytes in target.touched.items())
+        ms += self.costs.read_ms(waits * unit, waits)
+        shares = {form: (1.0 - coarse) * share for form, share in target.shares.items()}
+        for form, share in floor.shares.items() if floor is not None and coarse else ():
+            shares[form] = shares.get(form, 0.0) + coarse * share
         fetch = _floor_bytes(floor) + round(reads * unit)
         return Plan(
             name=name,
-            floor=floor.form if floor else None,
-            target=target.form,
+            floor=floor.name if floor else None,
+            target=target.name,
             floor_bytes=_floor_bytes(floor),
             refinement_bytes=room,
             wait_threshold=self._threshold(coarse / miss if miss else 1.0) if floor else 0.0,
@@ -166,10 +165,10 @@ def frontier(planner: Planner, budget: int, max_loss: float) -> list[Plan]:
 
 
 def uniform(ladder: Ladder, form: str) -> Plan:
-    """The plan that keeps `form` of every expert resident: the reference of comparisons."""
+    """The plan that keeps every expert resident, in `form` or a step of the chain: the reference of comparisons."""
     rung = ladder.rung(form)
     unknown = Band(0.0, float("inf"))
-    return Plan(form, None, form, 0, rung.nbytes, 0.0, unknown, rung.loss_ci95, 0.0, rung.nbytes, {form: 1.0}, 1.0)
+    return Plan(form, None, form, 0, rung.nbytes, 0.0, unknown, rung.loss_ci95, 0.0, rung.nbytes, rung.shares, 1.0)
 
 
 def _floor_bytes(floor: Rung | None) -> int:

@@ -4,8 +4,9 @@ Which blobs, and whether they are there, is `runtime.layer`'s business. Both way
 inputs, so that outputs do not depend on what was cached.
 """
 
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, partial
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -14,16 +15,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from comoe.forms.lowbit import dequantise_low
-from comoe.forms.matrices import matrix_of
+from comoe.forms.matrices import FACTORS, SUMS, matrices_of, matrix_of
 from comoe.forms.quantise import Planes, dequantise
 from comoe.kernels import native
 from comoe.kernels.matrix import Matrix
 from comoe.runtime.hook import expert_forward, plain_activation
-from comoe.store.layout import Field, Layout, group_size, layout
+from comoe.store.layout import Field, Layout, group_size, layout, quantised, rank
 from comoe.store.manifest import FORM_PARTS
 from comoe.types import Leaf, Site
 
 Bytes = npt.NDArray[np.uint8]
+Floats = npt.NDArray[np.float32]
 
 KERNEL_TOKENS = 8
 """Up to so many tokens an expert runs in the kernel, beyond in torch: where the two cross."""
@@ -32,8 +34,19 @@ HEIGHTS = (1, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 """In torch an expert's tokens are padded to one of these: oneDNN keeps half a megabyte of code, and takes milliseconds
 to write it, for every shape of matrix that it meets."""
 
-LOW_FORMS = ("q2", "q3")
+LOW_CODES = ("q2", "q3")
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "uint8": torch.uint8}
+
+
+class Term(NamedTuple):
+    """Planes of an expert's leaves, as bytes by (leaf, plane), written as form `code` writes them."""
+
+    code: str
+    planes: dict[tuple[str, str], Bytes]
+
+    def of(self, leaf: Leaf) -> dict[str, Bytes]:
+        """A leaf's planes by name."""
+        return {plane: data for (name, plane), data in self.planes.items() if name == leaf.name}
 
 
 class SiteMath:
@@ -48,6 +61,8 @@ class SiteMath:
 
     def run(self, form: str, blobs: Sequence[Bytes], x: Tensor) -> Tensor:
         """Outputs (T, H) of one expert for `x` (T, H); `blobs` are those of the form, in order."""
+        if form == "dropped":
+            return torch.zeros_like(x)
         if self._kernel is not None and len(x) <= KERNEL_TOKENS:
             return self._run_kernel(form, blobs, x)
         return expert_forward(self._module, _padded(x), self.tensors(form, blobs))[: len(x)]
@@ -57,8 +72,8 @@ class SiteMath:
 
         Views of `blobs` where nothing has to be converted.
         """
-        planes = self._planes(form, blobs)
-        return {leaf.name: self._leaf(leaf, form, planes) for leaf in self.site.leaves}
+        terms = self._terms(form, blobs)
+        return {leaf.name: self._sum(leaf, terms).to(self._dtype) for leaf in self.site.leaves}
 
     @cached_property
     def _kernel(self) -> tuple[str, bool, Leaf, Leaf] | None:
@@ -71,48 +86,90 @@ class SiteMath:
     def _run_kernel(self, form: str, blobs: Sequence[Bytes], x: Tensor) -> Tensor:
         assert self._kernel is not None
         activation, gated, up, down = self._kernel
-        planes = self._planes(form, blobs)
+        terms = self._terms(form, blobs)
+        x_f32 = x.float().contiguous().numpy()
         out = np.empty((len(x), down.rows), np.float32)
-        native.expert(
-            self._matrix(up, form, planes),
-            self._matrix(down, form, planes),
-            activation,
-            gated,
-            x.float().contiguous().numpy(),
-            out,
-        )
-        return torch.from_numpy(out).to(x.dtype)
+        if len(terms) == 1:
+            native.expert(self._matrix(up, terms[0]), self._matrix(down, terms[0]), activation, gated, x_f32, out)
+            return torch.from_numpy(out).to(x.dtype)
+        hidden = activated(torch.from_numpy(self._linear(up, terms, x_f32)), activation, gated)
+        return torch.from_numpy(self._linear(down, terms, hidden.contiguous().numpy())).to(x.dtype)
 
-    def _matrix(self, leaf: Leaf, form: str, planes: dict[tuple[str, str], Bytes]) -> Matrix:
-        own = {plane: data for (name, plane), data in planes.items() if name == leaf.name}
-        return matrix_of(leaf, form, self.site.dtype, own)
+    def _linear(self, leaf: Leaf, terms: Sequence[Term], x: Floats) -> Floats:
+        """`x` (T, cols) times the sum of `leaf`'s matrices, added up afterwards."""
+        total = np.zeros((len(x), leaf.rows), np.float32)
+        for term in terms:
+            y = x
+            for matrix in matrices_of(leaf, term.code, self.site.dtype, term.of(leaf)):
+                x_in, y = y, np.empty((len(x), matrix.rows), np.float32)
+                native.linear(matrix, x_in, y)
+            total += y
+        return total
 
-    def _leaf(self, leaf: Leaf, form: str, planes: dict[tuple[str, str], Bytes]) -> Tensor:
-        exact = planes.get((leaf.name, "exact"))
-        if exact is not None:
-            return _tensor(exact, self.site.dtype, leaf.shape).to(self._dtype)
-        group = group_size(leaf.cols)
-        assert group is not None
-        low = planes.get((leaf.name, "low"))
-        found = Planes(
-            scales=_tensor(planes[leaf.name, "scales"], "float16", (leaf.rows, leaf.cols // group)),
-            high=_tensor(planes[leaf.name, "high"], "uint8", (leaf.rows, -1)),
-            low=None if low is None else _tensor(low, "uint8", (leaf.rows, -1)),
-        )
-        weight = (dequantise_low if form in LOW_FORMS else dequantise)(found, group).to(self._dtype)
+    def _matrix(self, leaf: Leaf, term: Term) -> Matrix:
+        return matrix_of(leaf, term.code, self.site.dtype, term.of(leaf))
+
+    def _sum(self, leaf: Leaf, terms: Sequence[Term]) -> Tensor:
+        """A matrix is the sum of its terms; what is not quantised is the last one's alone."""
+        added = terms if quantised(leaf) else terms[-1:]
+        return sum((self._leaf(leaf, term) for term in added[1:]), start=self._leaf(leaf, added[0]))
+
+    def _leaf(self, leaf: Leaf, term: Term) -> Tensor:
+        planes = term.of(leaf)
+        if "exact" in planes:
+            return _tensor(planes["exact"], self.site.dtype, leaf.shape)
+        weight = _product(leaf, planes) if term.code == FACTORS else _dequantised(leaf, term.code, planes)
         return weight.t().contiguous() if leaf.transposed else weight
 
-    def _planes(self, form: str, blobs: Sequence[Bytes]) -> dict[tuple[str, str], Bytes]:
-        """Bytes by (leaf, plane)."""
-        return {
-            (field.leaf, field.plane): _slice(blob, field)
+    def _terms(self, form: str, blobs: Sequence[Bytes]) -> list[Term]:
+        """What is added up: one term of all the form's parts, or one of each where it is a sum."""
+        planes = [
+            {(field.leaf, field.plane): _slice(blob, field) for field in self._fields(part)}
             for part, blob in zip(FORM_PARTS[form], blobs, strict=True)
-            for field in self._fields(part)
-        }
+        ]
+        if form in SUMS:
+            return [Term(code, found) for code, found in zip(SUMS[form], planes, strict=True)]
+        return [Term(form, {key: data for found in planes for key, data in found.items()})]
 
     def _fields(self, part: str) -> tuple[Field, ...]:
         found: Layout = self._layouts[part]
         return found.fields
+
+
+TORCH_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+}
+
+
+def activated(hidden: Tensor, activation: str, gated: bool) -> Tensor:
+    """What the kernel does between its two linears: `hidden` (T, 2I), gates then values, or (T, I) to (T, I)."""
+    act = TORCH_ACTIVATIONS[activation]
+    if not gated:
+        return act(hidden)
+    gates, values = hidden.chunk(2, -1)
+    return act(gates) * values
+
+
+def _product(leaf: Leaf, planes: Mapping[str, Bytes]) -> Tensor:
+    """A matrix (out, in) from its factors."""
+    inner = _tensor(planes["inner"], "float16", (rank(leaf), leaf.cols)).float()
+    return _tensor(planes["out"], "float16", (leaf.rows, rank(leaf))).float() @ inner
+
+
+def _dequantised(leaf: Leaf, code: str, planes: Mapping[str, Bytes]) -> Tensor:
+    """A matrix (out, in) from its scales and levels."""
+    group = group_size(leaf.cols)
+    assert group is not None
+    low = planes.get("low")
+    found = Planes(
+        scales=_tensor(planes["scales"], "float16", (leaf.rows, leaf.cols // group)),
+        high=_tensor(planes["high"], "uint8", (leaf.rows, -1)),
+        low=None if low is None else _tensor(low, "uint8", (leaf.rows, -1)),
+    )
+    return (dequantise_low if code in LOW_CODES else dequantise)(found, group)
 
 
 def _padded(x: Tensor) -> Tensor:

@@ -36,6 +36,13 @@ class Use(NamedTuple):
     gate: float
 
 
+class Way(NamedTuple):
+    """How an expert runs: its form and the blobs of it."""
+
+    form: str
+    blobs: tuple[BlobId, ...]
+
+
 @dataclass(slots=True)
 class Counts:
     """What a request did so far; times in seconds."""
@@ -56,9 +63,17 @@ class Serving:
     ledger: Ledger
     counts: Counts = field(default_factory=Counts)
     before_read: Callable[[], None] | None = None
+    rungs: dict[str, list[list[Way]]] = field(default_factory=dict)
 
-    def blobs(self, layer: int, expert: int, form: str) -> tuple[BlobId, ...]:
-        return self.manifest.blobs(ExpertId(layer, expert), form)
+    def way(self, layer: int, expert: int, rung: str) -> Way:
+        """How `expert` runs in a form or a step of the chain."""
+        if rung not in self.rungs:
+            assignment = enumerate(self.manifest.assignment(rung))
+            self.rungs[rung] = [[self._way(at, e, form) for e, form in enumerate(forms)] for at, forms in assignment]
+        return self.rungs[rung][layer][expert]
+
+    def _way(self, layer: int, expert: int, form: str) -> Way:
+        return Way(form, self.manifest.blobs(ExpertId(layer, expert), form))
 
 
 class ServedLayer:
@@ -84,14 +99,13 @@ class ServedLayer:
         if self.serving.before_read is not None:
             self.serving.before_read()
         uses = list(self._uses(index, weight))
-        forms = [self._choose(use, decode=decode) for use in uses]
-        groups = [self.serving.blobs(self._index, use.expert, form) for use, form in zip(uses, forms, strict=True)]
+        ways = [self._choose(use, decode=decode) for use in uses]
         out = torch.zeros_like(x)
         waiting: dict[int, Tensor] = {}
         added = 0
-        for at, blobs in self.serving.cache.serve(groups):
+        for at, blobs in self.serving.cache.serve([way.blobs for way in ways]):
             use = uses[at]
-            y = self._maths.run(forms[at], blobs, x[use.tokens])
+            y = self._maths.run(ways[at].form, blobs, x[use.tokens])
             waiting[at] = (y * weight[use.tokens, use.positions, None]).to(out.dtype)
             while added in waiting:
                 _add(out, uses[added].tokens, waiting.pop(added))
@@ -106,20 +120,19 @@ class ServedLayer:
                 positions, tokens = torch.where(by_position == expert)
                 yield Use(expert, tokens, positions, float(weight[tokens, positions].abs().sum()))
 
-    def _choose(self, use: Use, *, decode: bool) -> str:
+    def _choose(self, use: Use, *, decode: bool) -> Way:
         """The miss rule: the wanted form if it is there or worth waiting for, else the floor."""
         serving, plan = self.serving, self.serving.plan
-        target = serving.blobs(self._index, use.expert, plan.target)
-        hit = serving.cache.resident(target)
-        form = plan.target
+        rung, way = plan.target, serving.way(self._index, use.expert, plan.target)
+        hit = serving.cache.resident(way.blobs)
         if not hit and decode and plan.floor is not None and self._take_floor(use, plan.floor):
-            form = plan.floor
+            serving.cache.prefetch([way.blobs])
+            rung, way = plan.floor, serving.way(self._index, use.expert, plan.floor)
             serving.counts.floor_uses += 1
-            serving.cache.prefetch([target])
         serving.counts.uses += 1
         serving.counts.hits += hit
-        serving.ledger.add(self._index, form, use.gate, decode=decode)
-        return form
+        serving.ledger.add(self._index, rung, way.form, use.gate, decode=decode)
+        return way
 
     def _take_floor(self, use: Use, floor: str) -> bool:
         cheap = use.gate < self.serving.plan.wait_threshold * len(use.tokens)

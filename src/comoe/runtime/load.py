@@ -6,6 +6,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import numpy as np
 import torch
 
 from comoe.device import process
@@ -24,8 +25,7 @@ from comoe.runtime.hook import attach
 from comoe.runtime.layer import ServedLayer, Serving
 from comoe.runtime.skeleton import load_skeleton
 from comoe.store.families import experts_modules
-from comoe.store.layout import PAGE, align
-from comoe.store.manifest import FORM_PARTS
+from comoe.store.layout import PAGE
 from comoe.store.pack import Pack
 from comoe.types import DoesNotFit, RemoteUnavailable, UsageError
 from comoe.units import format_size, parse_budget, parse_share, parse_size
@@ -125,23 +125,23 @@ class Loader:
         plan = timed(planner, warm).best(budget, self.options.max_loss)
         return self._serve(model, plan, budget, earlier_peak=warm.earlier_peak)
 
-    def resident(self, form: str) -> Any:
-        """The model with every expert in `form` in memory: the reference of comparisons."""
-        return self.streamed(form, self.ladder.rung(form).nbytes)
+    def resident(self, rung: str) -> Any:
+        """The model with every expert in `rung` in memory, a form or a step: the reference of comparisons."""
+        return self.streamed(rung, self.ladder.rung(rung).nbytes)
 
-    def streamed(self, form: str, capacity: int, earlier: Any = None) -> Any:
-        """The model with every expert in `form` and at most `capacity` bytes of them in memory.
+    def streamed(self, rung: str, capacity: int, earlier: Any = None) -> Any:
+        """The model with every expert in `rung` and at most `capacity` bytes of them in memory.
 
         `earlier` is a model of the same pack and dtype that has served and is now served anew, not loaded again.
         """
         model = self._skeleton() if earlier is None else earlier
-        return self._serve(model, uniform(self.ladder, form), capacity)
+        return self._serve(model, uniform(self.ladder, rung), capacity)
 
-    def largest_layer(self, form: str) -> int:
-        """Memory of all experts of the largest layer in `form`."""
-        layers = self.pack.manifest.layers
-        parts = FORM_PARTS[form]
-        return max(sum(layer.parts[p].rows * align(layer.parts[p].nbytes, PAGE) for p in parts) for layer in layers)
+    def largest_layer(self, rung: str) -> int:
+        """Memory of all experts of the largest layer in `rung`, those that share a blob counted apart."""
+        groups = self.ladder.rung(rung).groups_beside(None)
+        ends = np.cumsum([layer.num_experts for layer in self.pack.manifest.layers])[:-1]
+        return int(max(layer.sum() for layer in np.split(groups, ends)))
 
     def planner(self) -> Planner:
         """A planner with this device's rates; what a token costs beside its experts is not known yet."""
@@ -170,21 +170,16 @@ class Loader:
         self, model: Any, plan: Plan, capacity: int, promise: Promise | None = None, earlier_peak: int = 0
     ) -> Any:
         manifest = self.pack.manifest
-        cache = BlobCache(self.pack, capacity, largest_group=self._largest_group(plan))
-        if plan.floor is not None:
-            floor = plan.floor
-            cache.hold([blob for expert in manifest.expert_ids for blob in manifest.blobs(expert, floor)])
+        floor = self.ladder.rung(plan.floor) if plan.floor else None
+        cache = BlobCache(self.pack, capacity, largest_group=self.ladder.rung(plan.target).group_beside(floor))
         serving = Serving(manifest, cache, plan, Ledger(self.ladder, self.options.max_loss))
+        if plan.floor is not None:
+            ways = [serving.way(*expert, plan.floor) for expert in manifest.expert_ids]
+            cache.hold(list(dict.fromkeys(blob for way in ways for blob in way.blobs)))
         attach(model, [ServedLayer(at, math, serving) for at, math in enumerate(self._maths(model))])
         handle = Comoe(self.pack, serving, self.options.context, promise, earlier_peak)
         object.__setattr__(model, "comoe", handle)
         return model
-
-    def _largest_group(self, plan: Plan) -> int:
-        """Memory of the largest expert's refinement: of the parts of the target that the floor does not hold."""
-        held = FORM_PARTS[plan.floor] if plan.floor else ()
-        parts = [part for part in FORM_PARTS[plan.target] if part not in held]
-        return max(sum(align(layer.parts[part].nbytes, PAGE) for part in parts) for layer in self.pack.manifest.layers)
 
 
 def timed(planner: Planner, warm: WarmUp) -> Planner:

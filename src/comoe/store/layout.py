@@ -59,6 +59,11 @@ def group_size(cols: int) -> int | None:
     return 32 if cols % 32 == 0 else None
 
 
+def rank(leaf: Leaf) -> int:
+    """Of the factors that stand for a matrix: about a twentieth of its bytes."""
+    return max(1, min(leaf.rows, leaf.cols) // 32)
+
+
 def quantised(leaf: Leaf) -> bool:
     """Whether `leaf` has planes: a matrix whose rows divide into groups. Other leaves stay exact."""
     return leaf.is_matrix and group_size(leaf.cols) is not None
@@ -101,6 +106,13 @@ def _three_bits(leaf: Leaf, dtype: str) -> Planes:
     return _scaled(leaf, dtype, {"high": 4, "low": 8})
 
 
+def _factors(leaf: Leaf, dtype: str) -> Planes:
+    """Two matrices whose product stands for a third: `out` times `inner`; anything else unchanged."""
+    if not quantised(leaf):
+        return _exact(leaf, dtype)
+    return [("inner", "float16", (rank(leaf), leaf.cols)), ("out", "float16", (leaf.rows, rank(leaf)))]
+
+
 def _scaled(leaf: Leaf, dtype: str, per_byte: dict[str, int]) -> Planes:
     """Scales of a matrix and its planes, with so many weights in a byte; anything else unchanged."""
     if not quantised(leaf):
@@ -112,7 +124,9 @@ def _scaled(leaf: Leaf, dtype: str, per_byte: dict[str, int]) -> Planes:
 
 
 PART_PLANES: dict[str, Callable[[Leaf, str], Planes]] = {
+    "delta": _two_bits,
     "exact": _exact,
+    "factors": _factors,
     "high": _high,
     "merged": _high,
     "low": _low,

@@ -14,20 +14,32 @@ from comoe.store.layout import layout
 from comoe.store.untrusted import is_plain_name, parse_json
 from comoe.types import DTYPE_BYTES, BlobId, ExpertId, HostileFile, Leaf, NotAPack, PackError, Site, UnknownKey
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "comoe.json"
 DENSE = "dense.safetensors"
 MAX_MANIFEST_BYTES = 100 * 1024 * 1024
 
 FORM_PARTS: dict[str, tuple[str, ...]] = {
+    "dropped": (),
     "merged": ("merged",),
+    "lowrank": ("merged", "factors"),
     "q2": ("q2",),
+    "residual": ("merged", "delta"),
     "q3": ("q3",),
     "q4": ("high",),
     "q8": ("high", "low"),
     "exact": ("exact",),
 }
-"""The parts of every form, coarse to exact, in the order in which a reader needs them."""
+"""The parts of every form, coarse to exact, in the order in which a reader needs them.
+
+A dropped expert puts out nothing; a low-rank and a residual one are their cluster's expert and a delta of their own.
+"""
+
+SHARED_PART = "merged"
+"""The part whose rows are clusters, not experts."""
+
+DIGITS = "0123456789"
+"""How a chain step writes an expert's form: its index in the manifest's `forms`."""
 
 
 class LeafEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -68,8 +80,10 @@ class PartEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class LayerEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One sparse layer: its site, its parts, which cluster each expert merged into, and what the forms cost.
 
-    `errors[form]` is the relative squared error of the layer's expert outputs on calibration text, weighted by
-    gate; `frequency` the share of routed tokens of every expert; `mass` its share of the gates.
+    `errors[form]` has what every expert in that form adds to the relative squared error of the layer's expert outputs
+    on calibration text, weighted by gate; `frequency` is the share of routed tokens of every expert, `mass` its share
+    of the gates. `tree` is the dendrogram of which `clusters` is a cut: pairs in the order in which they were joined,
+    of experts and, from `num_experts` on, of earlier pairs.
     """
 
     site: str
@@ -77,20 +91,35 @@ class LayerEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     leaves: tuple[LeafEntry, ...]
     parts: dict[str, PartEntry]
     clusters: tuple[int, ...] = ()
-    errors: dict[str, float] = {}
+    tree: tuple[tuple[int, int], ...] = ()
+    errors: dict[str, tuple[float, ...]] = {}
     frequency: tuple[float, ...] = ()
     mass: tuple[float, ...] = ()
 
 
-class ChainStep(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A form for every expert and its certificate: loss against the exact model on held-out calibration text."""
+class Certificate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Loss of a chain step against the exact model, on held-out calibration text.
 
-    form: str
-    resident_bytes: int
+    `loss_worst_domain` is the loss of `worst_domain`, in which it is largest, with its interval.
+    """
+
     loss: float
     loss_ci95: tuple[float, float]
     loss_worst_domain: float
+    loss_worst_domain_ci95: tuple[float, float]
     worst_domain: str
+
+
+class ChainStep(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A form for every expert: `assignment[layer]` has a digit each, an index into the manifest's `forms`.
+
+    `resident_bytes` is the memory of all blobs that it needs; without a certificate no plan uses it.
+    """
+
+    name: str
+    assignment: tuple[str, ...]
+    resident_bytes: int
+    certificate: Certificate | None = None
 
 
 class DenseEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -146,15 +175,22 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def blobs(self, expert: ExpertId, form: str) -> tuple[BlobId, ...]:
         """The blobs that `expert` needs to run in `form`, in order."""
-        row = expert.expert
-        if form == "merged":
-            row = self.layers[expert.layer].clusters[expert.expert]
-        return tuple(BlobId(expert.layer, part, row) for part in FORM_PARTS[form])
+        return tuple(BlobId(expert.layer, part, self._row(expert, part)) for part in FORM_PARTS[form])
 
-    def form_bytes(self, form: str) -> int:
-        """Bytes of all blobs that `form` needs for every expert, shared ones once."""
-        entries = [layer.parts[part] for layer in self.layers for part in FORM_PARTS[form]]
-        return sum(entry.rows * entry.nbytes for entry in entries)
+    def _row(self, expert: ExpertId, part: str) -> int:
+        return self.layers[expert.layer].clusters[expert.expert] if part == SHARED_PART else expert.expert
+
+    def assignment(self, name: str) -> tuple[tuple[str, ...], ...]:
+        """Every expert's form by layer, in the chain step `name` or, for the name of a form, in that one alone.
+
+        KeyError for another name.
+        """
+        for step in self.chain:
+            if step.name == name:
+                return tuple(tuple(self.forms[int(digit)] for digit in layer) for layer in step.assignment)
+        if name not in self.forms:
+            raise KeyError(name)
+        return tuple((name,) * layer.num_experts for layer in self.layers)
 
     @property
     def expert_bytes_bf16(self) -> int:
@@ -231,10 +267,7 @@ def _check(manifest: Manifest, path: Path) -> None:
     smallest = min(manifest.dense_bytes, *msgspec.structs.astuple(manifest.dense), *(file.size for file in files))
     _refuse_unless(manifest.experts_per_token > 0 <= smallest, path, "its sizes are negative")
     _refuse_unless(list(quantiles) == sorted(quantiles) and _are_finite(quantiles), path, "gate_quantiles do not rise")
-    for step in manifest.chain:
-        low, high = step.loss_ci95
-        sound = step.form in forms and _are_finite((step.loss, low, high)) and low <= high and step.resident_bytes >= 0
-        _refuse_unless(sound, path, f"the chain's step {step.form!r} is of no form or no number")
+    _check_chain(manifest, path)
     sound = manifest.source is None or "\0" not in manifest.source.folder
     _refuse_unless(sound, path, "the checkpoint's folder is no path")
     for file in files:
@@ -245,6 +278,30 @@ def _check(manifest: Manifest, path: Path) -> None:
         _check_layer(manifest, index, path)
 
 
+def _check_chain(manifest: Manifest, path: Path) -> None:
+    names = [step.name for step in manifest.chain]
+    distinct = len({*names}) == len(names) and not {*names} & ({*manifest.forms} - {"exact"})
+    _refuse_unless(distinct, path, "two steps of its chain have one name")
+    digits = {*DIGITS[: len(manifest.forms)]}
+    experts = [layer.num_experts for layer in manifest.layers]
+    for step in manifest.chain:
+        sound = [len(layer) for layer in step.assignment] == experts and {*"".join(step.assignment)} <= digits
+        _refuse_unless(sound, path, f"the chain's step {step.name!r} does not give every expert a form")
+        _refuse_unless(
+            step.resident_bytes >= 0 and _is_sound(step.certificate),
+            path,
+            f"the chain's step {step.name!r} has no sound numbers",
+        )
+
+
+def _is_sound(certificate: Certificate | None) -> bool:
+    if certificate is None:
+        return True
+    intervals = (certificate.loss_ci95, certificate.loss_worst_domain_ci95)
+    numbers = (certificate.loss, certificate.loss_worst_domain, *intervals[0], *intervals[1])
+    return _are_finite(numbers) and all(low <= high for low, high in intervals)
+
+
 def _check_layer(manifest: Manifest, index: int, path: Path) -> None:
     layer = manifest.layers[index]
     where = f"layer {index}"
@@ -252,16 +309,19 @@ def _check_layer(manifest: Manifest, index: int, path: Path) -> None:
     sizes = [size for leaf in layer.leaves for size in leaf.shape]
     _refuse_unless(0 < len(names) == len(layer.leaves) and min(sizes, default=1) > 0, path, f"{where}: no sound leaves")
     _check_parts(manifest, index, path)
-    clusters = layer.parts["merged"].rows if "merged" in manifest.forms else 0
+    clusters = layer.parts[SHARED_PART].rows if SHARED_PART in layer.parts else 0
     sound = len(layer.clusters) == (layer.num_experts if clusters else 0)
     sound = sound and all(0 <= cluster < clusters for cluster in layer.clusters)
     _refuse_unless(sound, path, f"{where}: clusters do not match its experts")
+    sound = all(0 <= child < layer.num_experts + at for at, pair in enumerate(layer.tree) for child in pair)
+    _refuse_unless(sound, path, f"{where}: its tree joins what is not there yet")
     for shares in (layer.frequency, layer.mass):
         sound = len(shares) in (0, layer.num_experts) and _are_finite(shares) and min(shares, default=0) >= 0
         _refuse_unless(sound, path, f"{where}: not one share for every expert")
-    errors = tuple(layer.errors.values())
-    sound = layer.errors.keys() <= set(manifest.forms) and _are_finite(errors) and min(errors, default=0) >= 0
-    _refuse_unless(sound, path, f"{where}: errors are of no form or no number")
+    errors = layer.errors
+    sound = errors.keys() <= set(manifest.forms) and all(len(found) == layer.num_experts for found in errors.values())
+    sound = sound and all(_are_finite(found) and min(found) >= 0 for found in errors.values())
+    _refuse_unless(sound, path, f"{where}: errors are of no form or not of every expert")
 
 
 def _check_parts(manifest: Manifest, index: int, path: Path) -> None:
@@ -274,7 +334,7 @@ def _check_parts(manifest: Manifest, index: int, path: Path) -> None:
         _refuse_unless(0 < part.nbytes == length, path, f"{where}: blobs have not the length of an expert")
         most = layer.num_experts
         _refuse_unless(1 <= part.rows <= most, path, f"{where}: more blobs than experts, or none")
-        _refuse_unless(name == "merged" or part.rows == most, path, f"{where}: not one blob for every expert")
+        _refuse_unless(name == SHARED_PART or part.rows == most, path, f"{where}: not one blob for every expert")
         _check_place(part, manifest, path)
 
 

@@ -1,0 +1,123 @@
+"""The chain of a pack, from the errors that its layers measured; and which forms are worth their place in it."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import msgspec
+import numpy as np
+
+from comoe.make.shared import SHARING
+from comoe.plan.chain import Candidate, Choices, sweep
+from comoe.plan.ladder import Array, Indices, ladder_of
+from comoe.store.manifest import DIGITS, FORM_PARTS, SHARED_PART, Certificate, ChainStep, Manifest
+
+SHARES = (
+    *(0.02, 0.03, 0.04, 0.05, 0.06, 0.07, 0.08, 0.09, 0.1, 0.11, 0.12, 0.14),
+    *(0.16, 0.18, 0.2, 0.22, 0.25, 0.28, 0.3, 0.35, 0.4, 0.45, 0.55),
+)
+"""Of the experts' bytes as bf16, the sizes of the steps below exact; two steps may turn out the same."""
+
+PROBED = (0.06, 0.1, 0.16)
+"""Sizes at which chains with and without shared experts are compared."""
+
+LEAST_LOSS = 1e-4
+"""Losses are compared as ratios, and below this they are noise."""
+
+
+def chain(manifest: Manifest, *, sharing: bool, shares: Sequence[float] = SHARES) -> tuple[ChainStep, ...]:
+    """Steps without certificates, coarse to exact; none where no form's error was measured."""
+    choices = choices_of(manifest)
+    if choices is None:
+        return ()
+    choices = choices if sharing else choices.without_shared()
+    whole = manifest.expert_bytes_bf16
+    steps: dict[str, ChainStep] = {}
+    for assignment in sweep(choices, [int(share * whole) for share in shares]):
+        name = f"{100 * choices.nbytes(assignment) / whole:.3g}%"
+        forms = [manifest.forms.index(choices.candidates[at].form) for at in assignment]
+        steps[name] = _step(manifest, name, forms)
+    exact = _step(manifest, "exact", [manifest.forms.index("exact")] * len(manifest.expert_ids))
+    return (*steps.values(), exact)
+
+
+def choices_of(manifest: Manifest) -> Choices | None:
+    """What every expert of a pack may become, and what that costs; None where no error was measured."""
+    measured = [layer for layer in manifest.layers if layer.errors]
+    if not measured:
+        return None
+    forms = [form for form in manifest.forms if form == "exact" or all(form in layer.errors for layer in measured)]
+    return Choices(
+        tuple(Candidate(form, _errors(manifest, form), _bytes(manifest, form), form in SHARING) for form in forms),
+        *_clusters(manifest),
+    )
+
+
+def better(with_shared: Mapping[str, Certificate], without: Mapping[str, Certificate]) -> bool:
+    """Whether a chain with shared experts loses less than one without, in the geometric mean over its probed steps."""
+    return _log_mean(with_shared.values()) < _log_mean(without.values())
+
+
+def used_forms(steps: Sequence[ChainStep], forms: Sequence[str]) -> tuple[str, ...]:
+    """Of `forms`, to which the steps' digits refer, those that any expert takes in any step."""
+    digits = {digit for step in steps for layer in step.assignment for digit in layer}
+    return tuple(form for digit, form in zip(DIGITS, forms, strict=False) if digit in digits)
+
+
+def restricted(manifest: Manifest, forms: Sequence[str]) -> Manifest:
+    """`manifest` with no forms but `forms`, and no parts but theirs; its steps refer to the fewer forms."""
+    parts = {part for form in forms for part in FORM_PARTS[form]}
+    layers = tuple(
+        msgspec.structs.replace(
+            layer,
+            parts={part: entry for part, entry in layer.parts.items() if part in parts},
+            errors={form: found for form, found in layer.errors.items() if form in forms},
+            clusters=layer.clusters if SHARED_PART in parts else (),
+        )
+        for layer in manifest.layers
+    )
+    digit = {DIGITS[manifest.forms.index(form)]: DIGITS[at] for at, form in enumerate(forms)}
+    steps = tuple(
+        msgspec.structs.replace(
+            step, assignment=tuple("".join(digit[old] for old in layer) for layer in step.assignment)
+        )
+        for step in manifest.chain
+    )
+    return msgspec.structs.replace(manifest, forms=tuple(forms), layers=layers, chain=steps)
+
+
+def _step(manifest: Manifest, name: str, forms: Sequence[int]) -> ChainStep:
+    ends = np.cumsum([layer.num_experts for layer in manifest.layers])[:-1]
+    digits = tuple("".join(DIGITS[at] for at in layer) for layer in np.split(np.array(forms), ends))
+    step = ChainStep(name, digits, 0)
+    found = ladder_of(msgspec.structs.replace(manifest, chain=(step,))).rung(name)
+    return msgspec.structs.replace(step, resident_bytes=found.nbytes)
+
+
+def _errors(manifest: Manifest, form: str) -> Array:
+    """Error (N,) that each expert adds in `form`. Experts of a layer that no text reached add alike, the mean."""
+    if form == "exact":
+        return np.zeros(len(manifest.expert_ids))
+    mean = float(np.mean([sum(layer.errors[form]) for layer in manifest.layers if layer.errors]))
+    layers = (layer.errors.get(form, (mean / layer.num_experts,) * layer.num_experts) for layer in manifest.layers)
+    return np.concatenate([np.array(layer) for layer in layers])
+
+
+def _bytes(manifest: Manifest, form: str) -> Array:
+    """Bytes (N,) of each expert's own blobs in `form`."""
+    own = [part for part in FORM_PARTS[form] if part != SHARED_PART]
+    layers = ([float(sum(layer.parts[part].nbytes for part in own))] * layer.num_experts for layer in manifest.layers)
+    return np.concatenate([np.array(layer) for layer in layers])
+
+
+def _clusters(manifest: Manifest) -> tuple[Indices, Array]:
+    """The cluster (N,) of every expert, numbered through all layers, and the bytes (C,) of each one's blob."""
+    numbers: list[int] = []
+    sizes: list[float] = []
+    for layer in manifest.layers:
+        numbers += [len(sizes) + cluster for cluster in layer.clusters]
+        if SHARED_PART in layer.parts:
+            sizes += [float(layer.parts[SHARED_PART].nbytes)] * layer.parts[SHARED_PART].rows
+    return np.array(numbers, np.int64), np.array(sizes)
+
+
+def _log_mean(certificates: Iterable[Certificate]) -> float:
+    return float(np.mean([np.log(max(found.loss, LEAST_LOSS)) for found in certificates]))

@@ -1,0 +1,154 @@
+"""What experts of a layer share: clusters by output, one distilled expert for each, and deltas of its members.
+
+A merged expert is quantised as q4; a residual form adds what its member lacks, in two bits, compensated on what the
+member sees.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
+
+import torch
+from torch import Tensor
+
+from comoe.forms.distil import Lessons, refit_down, train
+from comoe.forms.lowbit import quantise_low
+from comoe.forms.lowrank import factorise
+from comoe.forms.merge import align, clusters, dendrogram, merge, output_distances
+from comoe.forms.quantise import quantise
+from comoe.make.study import DOWN, Errors, Layer, Study, arrays, blob_bytes, grams, hidden, oriented
+from comoe.runtime.experts import SiteMath
+from comoe.runtime.hook import expert_forward
+from comoe.store.layout import quantised, rank
+from comoe.store.manifest import FORM_PARTS, PartEntry
+
+SHARING = ("merged", "lowrank", "residual")
+"""Forms that need a cluster's expert."""
+
+EXPERTS_PER_CLUSTER = 16
+PROBE_TOKENS = 64
+LESSON_TOKENS = 4096
+"""Of what the members of a cluster see, how much its expert is taught on."""
+
+
+class Shared:
+    """The clusters of one layer, whose inputs were recorded; `distil_steps` of training for each one's expert."""
+
+    def __init__(self, layer: Layer, distil_steps: int) -> None:
+        self._layer, self._distil_steps = layer, distil_steps
+        self.tree = dendrogram(output_distances(self._outputs()))
+        self.clusters = clusters(self.tree, max(1, layer.site.num_experts // EXPERTS_PER_CLUSTER))
+
+    def parts(self, forms: Sequence[str], errors: Errors) -> dict[str, PartEntry]:
+        """Write the merged experts and, for forms that need them, the deltas; measure all."""
+        layer = self._layer
+        rows = max(self.clusters) + 1
+        blobs = [self._merged(cluster) for cluster in range(rows)]
+        writer = layer.writer("merged", rows)
+        for blob in blobs:
+            writer.add(blob)
+        parts = {"merged": layer.entry("merged", writer.commit())}
+        wanted = [form for form in DELTAS if form in forms]
+        writers = {form: layer.writer(FORM_PARTS[form][-1], layer.site.num_experts) for form in wanted}
+        for index, cluster in enumerate(self.clusters):
+            study = layer.study(index)
+            errors.add(study, "merged", [blobs[cluster]])
+            lacking = self._lacking(study, blobs[cluster]) if wanted else study
+            for form, writer in writers.items():
+                delta = DELTAS[form](lacking)
+                writer.add(delta)
+                errors.add(study, form, [blobs[cluster], delta])
+        for form, writer in writers.items():
+            part = FORM_PARTS[form][-1]
+            parts[part] = layer.entry(part, writer.commit())
+        return parts
+
+    def _outputs(self) -> Tensor:
+        """What all experts (E, S, H) put out on the same few inputs: some of those that they saw, noise for none."""
+        layer = self._layer
+        assert layer.inputs is not None
+        seen = layer.inputs.x
+        probe = seen[:: max(1, len(seen) // PROBE_TOKENS)][:PROBE_TOKENS]
+        if not len(seen):
+            width = next(leaf.cols for leaf in layer.site.leaves if leaf.is_matrix)
+            probe = torch.randn(PROBE_TOKENS, width, generator=torch.Generator().manual_seed(0))
+        experts = range(layer.site.num_experts)
+        return torch.stack([layer.run(probe, layer.checkpoint.expert(layer.index, index)) for index in experts])
+
+    @cached_property
+    def _masses(self) -> list[float]:
+        assert self._layer.inputs is not None
+        return self._layer.inputs.mass(self._layer.site.num_experts)
+
+    def _merged(self, cluster: int) -> bytes:
+        """The expert of a cluster: the average of its members, taught to put out what they do."""
+        layer = self._layer
+        members = [layer.study(index) for index, found in enumerate(self.clusters) if found == cluster]
+        weights = merge([m.tensors for m in members], [self._masses[m.index] for m in members], layer.units)
+        lessons = self._lessons(members)
+        found = {}
+        if len(lessons.x):
+            weights = self._taught(weights, lessons)
+            found = grams(layer, lessons.x, weights, lessons.gate)
+        stored = {name: tensor.to(members[0].tensors[name].dtype) for name, tensor in weights.items()}
+        return Study(layer, members[0].index, stored, found).blob("merged", quantise)
+
+    def _lessons(self, members: Sequence[Study]) -> Lessons:
+        """What the members see, as much of each as its share of all, and put out."""
+        total = sum(len(member.seen[0]) for member in members)
+        keep = max(1, -(-total // LESSON_TOKENS))
+        taught = [member for member in members if len(member.seen[0])]
+        if not taught:
+            return Lessons(torch.empty(0, 0), torch.empty(0, 0), torch.empty(0))
+        inputs = [member.seen[0][::keep] for member in taught]
+        outputs = [self._layer.run(x, member.tensors) for x, member in zip(inputs, taught, strict=True)]
+        gates = [member.seen[1][::keep] for member in taught]
+        return Lessons(torch.cat(inputs), torch.cat(outputs), torch.cat(gates))
+
+    def _taught(self, weights: dict[str, Tensor], lessons: Lessons) -> dict[str, Tensor]:
+        """`weights` refitted, trained and refitted again, or what of that is best."""
+        forward = partial(expert_forward, self._layer.module)
+        refitted = self._refitted(weights, lessons)
+        trained = self._refitted(train(refitted, forward, lessons, self._distil_steps), lessons)
+        return min((weights, refitted, trained), key=lambda tried: lessons.error(forward(lessons.x, tried)))
+
+    def _refitted(self, weights: dict[str, Tensor], lessons: Lessons) -> dict[str, Tensor]:
+        down = next((leaf for leaf in self._layer.site.leaves if leaf.name in DOWN and leaf.is_matrix), None)
+        found = hidden(self._layer, lessons.x, weights, down) if down is not None else None
+        if down is None or found is None or f"{down.name}_bias" in weights:
+            return weights
+        fitted = refit_down(found, lessons)
+        return {**weights, down.name: fitted.t().contiguous() if down.transposed else fitted}
+
+    def _lacking(self, study: Study, base: bytes) -> Study:
+        """What a member adds to its cluster's expert, its hidden units in the order of that one's."""
+        layer = self._layer
+        maths = SiteMath(layer.module, layer.site, torch.float32)
+        shared = maths.tensors("merged", arrays([base]))
+        own = {name: tensor.float() for name, tensor in study.tensors.items()}
+        aligned = align(shared, own, layer.units) if layer.units is not None else own
+        of_leaf = {leaf.name: leaf for leaf in layer.site.leaves}
+        delta = {
+            name: tensor - shared[name] if quantised(of_leaf[name]) else study.tensors[name]
+            for name, tensor in aligned.items()
+        }
+        seen = Study(layer, study.index, aligned).grams
+        return Study(layer, study.index, delta, seen)
+
+
+def _low_bits(lacking: Study) -> bytes:
+    return lacking.blob("delta", partial(quantise_low, bits=2))
+
+
+def _factors(lacking: Study) -> bytes:
+    """A delta as products of low rank, the error of its outputs the least."""
+    site = lacking.layer.site
+    fields = {(leaf.name, "exact"): lacking.tensors[leaf.name] for leaf in site.leaves if not quantised(leaf)}
+    for leaf in site.leaves:
+        if quantised(leaf):
+            found = factorise(oriented(leaf, lacking.tensors[leaf.name]), rank(leaf), lacking.grams.get(leaf.name))
+            fields |= {(leaf.name, "inner"): found.inner, (leaf.name, "out"): found.out}
+    return blob_bytes(site, "factors", fields)
+
+
+DELTAS: dict[str, Callable[[Study], bytes]] = {"lowrank": _factors, "residual": _low_bits}
+"""How what an expert lacks is written, by form."""

@@ -1,0 +1,117 @@
+"""The chain: nested assignments of a form to every expert, from few bytes to exact. Pure.
+
+One multiplier prices a byte against error; every expert takes its cheapest form, where experts that share a blob pay
+for it together. A sweep over the multiplier gives the lower hull of error against bytes (Shoham and Gersho, 1988).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from comoe.plan.ladder import Array, Flags, Indices
+
+HALVINGS = 50
+"""Of the interval in which the multiplier for a budget lies."""
+
+MOST_PER_BYTE = 1e3
+"""A multiplier, in the whole error per share of all bytes, at which no byte is worth its price."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A form that experts may take: `errors` (N,) that each adds in it, `nbytes` (N,) of blobs of its own.
+
+    `shared`: it needs the expert's shared blob, too.
+    """
+
+    form: str
+    errors: Array
+    nbytes: Array
+    shared: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Choices:
+    """What N experts may become: `candidates` from coarse to fine, the last one always possible.
+
+    `cluster` (N,) says whose shared blob is whose, `shared_nbytes` (C,) how large they are; both empty where nothing is
+    shared.
+    """
+
+    candidates: tuple[Candidate, ...]
+    cluster: Indices
+    shared_nbytes: Array
+
+    def without_shared(self) -> "Choices":
+        """The same, but for candidates that need shared blobs."""
+        own = tuple(candidate for candidate in self.candidates if not candidate.shared)
+        return Choices(own, np.empty(0, np.int64), np.empty(0))
+
+    def nbytes(self, assignment: Indices) -> int:
+        """Bytes of all blobs of an assignment (N,) of indices into `candidates`, shared ones once."""
+        own = _picked(np.stack([candidate.nbytes for candidate in self.candidates]), assignment).sum()
+        return int(own + self.shared_nbytes[self._open(assignment)].sum())
+
+    def error(self, assignment: Indices) -> float:
+        return float(_picked(np.stack([candidate.errors for candidate in self.candidates]), assignment).sum())
+
+    def best(self, per_byte: float) -> Indices:
+        """The assignment of least error + `per_byte` x bytes. Exact: clusters do not depend on each other."""
+        prices = np.stack([candidate.errors + per_byte * candidate.nbytes for candidate in self.candidates])
+        own = np.array([not candidate.shared for candidate in self.candidates])
+        alone = np.where(own[:, None], prices, np.inf).argmin(0)
+        if not len(self.shared_nbytes):
+            return np.asarray(alone)
+        together = prices.argmin(0)
+        saved = _picked(prices, alone) - _picked(prices, together)
+        worth = np.bincount(self.cluster, saved, len(self.shared_nbytes)) > per_byte * self.shared_nbytes
+        return np.asarray(np.where(worth[self.cluster], together, alone))
+
+    def _open(self, assignment: Indices) -> Flags:
+        """Which shared blobs (C,) an assignment needs."""
+        found = np.zeros(len(self.shared_nbytes), np.bool_)
+        needing = np.array([candidate.shared for candidate in self.candidates])[assignment]
+        if len(found):
+            found[self.cluster[needing]] = True
+        return found
+
+
+def sweep(choices: Choices, budgets: Sequence[int]) -> list[Indices]:
+    """The best assignment within each of `budgets`, ascending; a coarser step has no expert in a finer form.
+
+    Budgets that give the same assignment give one step; those that nothing fits give none.
+    """
+    steps: list[Indices] = []
+    for budget in sorted(budgets, reverse=True):
+        found = _within(choices, budget)
+        if found is None:
+            continue
+        if steps:
+            found = np.minimum(found, steps[-1])
+        if not steps or not np.array_equal(found, steps[-1]):
+            steps.append(found)
+    return steps[::-1]
+
+
+def _within(choices: Choices, budget: int) -> Indices | None:
+    """The best assignment that the sweep over multipliers meets within `budget` bytes."""
+    low, high = 0.0, MOST_PER_BYTE / max(budget, 1)
+    found = choices.best(high)
+    if choices.nbytes(found) > budget:
+        return None
+    for _ in range(HALVINGS):
+        middle = np.sqrt(max(low, high * 1e-12) * high)
+        tried = choices.best(middle)
+        if choices.nbytes(tried) > budget:
+            low = middle
+        else:
+            high, found = middle, tried
+    return found
+
+
+def _picked(table: npt.NDArray[np.float64], assignment: Indices) -> Array:
+    """Of a table (F, N) the entries of each column that `assignment` (N,) names."""
+    found: Array = table[assignment, np.arange(table.shape[1])]
+    return found
