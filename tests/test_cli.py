@@ -5,52 +5,15 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-from commands import Result, calibration_text, call
+from commands import Comoe, calibration_text, document
 from safetensors.torch import load_file, save_file
 
 from comoe.store.blobfile import read_header
 from comoe.store.pack import Pack
 
-Comoe = Callable[..., Result]
 TOKENS = ("--calib-tokens", 4096)
-
-
-@pytest.fixture
-def comoe(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Comoe:
-    """Call the command line from an empty folder, without settings of the environment."""
-    monkeypatch.chdir(tmp_path)
-    return lambda *words: call(capsys, monkeypatch, *words)
-
-
-@pytest.fixture(scope="module")
-def packed(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from comoe.make.calibrate import texts_of
-    from comoe.make.pack import Recipe, pack
-
-    folder = tmp_path_factory.mktemp("cli")
-    shutil.copytree(tiny_checkpoint, folder / "source")
-    recipe = Recipe(texts=texts_of([calibration_text(folder)]), num_tokens=4096)
-    pack(folder / "source", folder / "tiny.comoe", recipe, lambda step, done: None)
-    return folder / "tiny.comoe"
-
-
-@pytest.fixture
-def copied(packed: Path, tmp_path: Path) -> Path:
-    """A pack of one's own, and its checkpoint beside it."""
-    shutil.copytree(packed.parent / "source", tmp_path / "source")
-    shutil.copytree(packed, tmp_path / "own.comoe")
-    manifest = json.loads((tmp_path / "own.comoe" / "comoe.json").read_bytes())
-    manifest["source"]["folder"] = str(tmp_path / "source")
-    (tmp_path / "own.comoe" / "comoe.json").write_text(json.dumps(manifest))
-    return tmp_path / "own.comoe"
-
-
-def document(result: Result) -> Any:
-    assert result.code == 0, result.err
-    return json.loads(result.out)
 
 
 # What the contract promises

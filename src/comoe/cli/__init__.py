@@ -1,6 +1,7 @@
 """The command line: one file per command, joined here. Data goes to stdout, talk to stderr.
 
-A flag wins over its environment twin `COMOE_*`, that over comoe.toml, that over the default.
+A flag wins over its environment twin `COMOE_*`, that over comoe.toml, that over the default; so it does over those of
+a setting that it excludes.
 """
 
 import os
@@ -11,6 +12,7 @@ from typing import Annotated
 import typer
 
 from comoe.cli.bench import command as bench
+from comoe.cli.command import Command
 from comoe.cli.config import defaults_of
 from comoe.cli.demo import command as demo
 from comoe.cli.doctor import command as doctor
@@ -27,7 +29,10 @@ RUN_PACKAGES = {"torch", "transformers", "safetensors", "scipy"}
 app = typer.Typer(
     name="comoe",
     help="Run Mixture-of-Experts models that do not fit, inside whatever memory there is.\n\n"
-    "\b\ncomoe demo\ncomoe pack ./Qwen3-30B-A3B -o qwen.comoe\ncomoe run qwen.comoe --memory 4GiB --prompt 'Once upon'",
+    "\b\ncomoe demo\ncomoe pack ./Qwen3-30B-A3B -o qwen.comoe\ncomoe run qwen.comoe --memory 4GiB --prompt 'Once upon'"
+    "\n\nA flag such as --memory 4GiB may also be given by the environment (COMOE_MEMORY=4GiB) or by comoe.toml "
+    '(memory = "4GiB", at the top or in a table such as [run]). A flag wins over the environment, that over the file, '
+    "also where two settings exclude each other.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -44,7 +49,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "bench": bench,
 }
 for name, command in COMMANDS.items():
-    app.command(name)(command)
+    app.command(name, cls=Command)(command)
 
 
 @app.callback()

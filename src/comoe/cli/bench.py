@@ -6,7 +6,7 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from comoe.cli.options import Json
+from comoe.cli.options import Json, switch
 from comoe.cli.terminal import print_json, progress_bar
 from comoe.types import UsageError
 
@@ -18,7 +18,7 @@ def command(
     models: Annotated[
         Path | None, Option(envvar="COMOE_MODELS", help="Folder of models; by default COMOE_SHARED/models.")
     ] = None,
-    quick: Annotated[bool, Option("--quick", envvar="COMOE_QUICK", help="A coarse run of about a minute.")] = False,
+    quick: Annotated[bool, switch("quick", "A coarse run of about a minute.")] = False,
     out: Annotated[Path | None, Option(help="Keep finished rows here, and go on from them.")] = None,
     json: Json = False,
 ) -> None:

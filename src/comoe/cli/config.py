@@ -1,15 +1,16 @@
 """comoe.toml: defaults for flags, checked key by key before a command runs.
 
 Keys are the long flags without their dashes (`max-loss = "2%"`); at the top for every command that has the flag, in a
-table such as `[run]` for one command.
+table such as `[run]` for one command, which is the stronger.
 """
 
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from comoe.cli.rivals import displaced
 from comoe.types import UnknownKey, UsageError
 
 FILE = "comoe.toml"
@@ -36,15 +37,18 @@ def defaults_of(path: str | None, group: Any) -> dict[str, dict[str, Any]]:
     _check(tables, flags, f"{file}, table")
     for command, values in tables.items():
         _check(values, flags[command], f"{file}, [{command}]")
-    found = {command: shared | tables.get(command, {}) for command in flags}
-    return {
-        command: {names[key]: value for key, value in found[command].items() if key in names}
-        for command, names in flags.items()
-    }
+    return {command: _merged(shared, tables.get(command, {}), names) for command, names in flags.items()}
+
+
+def _merged(shared: Mapping[str, Any], own: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """A command's parameters from the top of the file and from its table, whose keys exclude rivals at the top."""
+    top, table = ({names[key]: value for key, value in of.items() if key in names} for of in (shared, own))
+    gone = displaced((table, top))
+    return {name: value for name, value in top.items() if name not in gone} | table
 
 
 def _flags(command: Any) -> dict[str, str]:
-    """{`max-loss`: `max_loss`} of a command's options; both spellings of an on/off flag."""
+    """{`max-loss`: `max_loss`} of a command's options; `json = false` is what turns an on/off flag off."""
     return {
         flag.removeprefix("--"): parameter.name
         for parameter in command.params
