@@ -16,6 +16,7 @@ from comoe.cli.command import Command
 from comoe.cli.config import defaults_of
 from comoe.cli.demo import command as demo
 from comoe.cli.doctor import command as doctor
+from comoe.cli.ending import Commands, drop_unread, last_word
 from comoe.cli.inspect import command as inspect
 from comoe.cli.pack import command as pack
 from comoe.cli.plan import command as plan
@@ -23,11 +24,11 @@ from comoe.cli.run import command as run
 from comoe.cli.verify import command as verify
 from comoe.types import ComoeError
 
-INTERRUPTED = 130
 RUN_PACKAGES = {"torch", "transformers", "safetensors", "scipy"}
 
 app = typer.Typer(
     name="comoe",
+    cls=Commands,
     help="Run Mixture-of-Experts models that do not fit, inside whatever memory there is.\n\n"
     "\b\ncomoe demo\ncomoe pack ./Qwen3-30B-A3B -o qwen.comoe\ncomoe run qwen.comoe --memory 4GiB --prompt 'Once upon'"
     "\n\nA flag such as --memory 4GiB may also be given by the environment (COMOE_MEMORY=4GiB) or by comoe.toml "
@@ -83,12 +84,10 @@ def main() -> None:
         if error.name not in RUN_PACKAGES:
             raise
         _stop(f"this command needs {error.name}: pip install 'comoe[run]'.", 1)
-    except KeyboardInterrupt:
-        _stop("interrupted.", INTERRUPTED)
-    except BrokenPipeError:  # the reader of stdout went away, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    finally:
+        drop_unread()
 
 
 def _stop(sentence: str, code: int) -> None:
-    print(f"comoe: {sentence}", file=sys.stderr)
+    last_word(sentence)
     sys.exit(code)

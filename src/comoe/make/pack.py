@@ -384,7 +384,7 @@ def _disk_errors(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if isinstance(error, ComoeError):
+        if isinstance(error, ComoeError | BrokenPipeError):
             raise
         if error.errno not in (ENOSPC, EDQUOT):
             raise UsageError(f"{target} cannot be made ({error}): choose another place.") from error
