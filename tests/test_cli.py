@@ -4,6 +4,7 @@ import io
 import json
 import shutil
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -114,6 +115,11 @@ def test_doctor_measures_and_names_problems(comoe: Comoe) -> None:
     }  # fmt: skip
     assert got["memory_gbps"] > 0 < got["disk_gbps"]
     assert list(Path().iterdir()) == []
+
+
+def test_the_version_needs_no_command(comoe: Comoe) -> None:
+    result = comoe("--version")
+    assert (result.code, result.out, result.err) == (0, version("comoe") + "\n", "")
 
 
 # Where a value comes from

@@ -53,19 +53,24 @@ for name, command in COMMANDS.items():
     app.command(name, cls=Command)(command)
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(version("comoe"))
+        raise typer.Exit
+
+
 @app.callback()
 def begin(
     context: typer.Context,
     config: Annotated[
         str | None, typer.Option(envvar="COMOE_CONFIG", help="Settings file instead of ./comoe.toml.")
     ] = None,
-    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
 ) -> None:
-    if version:
-        from importlib.metadata import version as version_of
-
-        print(version_of("comoe"))
-        raise typer.Exit
     context.default_map = defaults_of(config, context.command)
 
 
