@@ -11,6 +11,7 @@ import pytest
 from commands import Comoe, calibration_text, document
 from safetensors.torch import load_file, save_file
 
+from comoe.make.pack import Recipe, pack
 from comoe.store.blobfile import read_header
 from comoe.store.pack import Pack
 
@@ -266,6 +267,19 @@ def test_a_flipped_byte_beside_the_blobs_stops_the_run_and_fails_verification(
     checked = comoe("verify", copied, "--json")
     assert checked.code == 4
     assert name in json.loads(checked.out)["errors"][0]
+
+
+def test_a_checkpoint_for_a_pack_that_reads_none_is_refused_but_compared_with(
+    comoe: Comoe, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    pack(tiny_checkpoint, Path("own"), Recipe(forms=("q4",), self_contained=True), lambda step, done: None)
+    for words in (("plan", "own"), ("inspect", "own"), ("run", "own", "-p", "x")):
+        result = comoe(*words, "--source", tiny_checkpoint)
+        assert (result.code, result.out) == (2, "")
+        assert "self-contained and reads no checkpoint" in result.sentence
+    words = ("verify", "own", "--text", calibration_text(tmp_path), "--json")
+    assert document(comoe(*words))["exact"]["allclose"] is None
+    assert document(comoe(*words, "--source", tiny_checkpoint))["exact"]["allclose"]
 
 
 def test_a_manifest_with_an_unknown_key_is_refused(comoe: Comoe, copied: Path) -> None:

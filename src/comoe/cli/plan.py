@@ -17,7 +17,7 @@ from comoe.device.memory import check_possible, default_memory
 from comoe.plan.footprint import INTERPRETER_BYTES, Workload, advised, beside_experts
 from comoe.plan.ladder import Ladder, ladder_of
 from comoe.plan.planner import Plan, Planner, frontier
-from comoe.store.pack import Pack
+from comoe.store.pack import Pack, refuse_idle_source
 from comoe.types import DoesNotFit, UsageError
 from comoe.units import format_size, parse_budget, parse_link, parse_size
 
@@ -50,6 +50,7 @@ def command(
     """
     wished = wish(memory, expert_memory, max_loss, exact)
     opened = Pack(pack, source=source)
+    refuse_idle_source(source, pack, opened.manifest)
     planner = Planner(ladder_of(opened.manifest), measured_costs(opened, perf_counter))
     if link is not None:
         rate, latency = parse_link(link)

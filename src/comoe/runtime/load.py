@@ -26,7 +26,7 @@ from comoe.runtime.skeleton import load_skeleton
 from comoe.store.families import experts_modules
 from comoe.store.layout import PAGE, align
 from comoe.store.manifest import FORM_PARTS
-from comoe.store.pack import Pack
+from comoe.store.pack import Pack, refuse_idle_source
 from comoe.types import DoesNotFit, RemoteUnavailable, UsageError
 from comoe.units import format_size, parse_budget, parse_share, parse_size
 
@@ -78,10 +78,10 @@ def load(
         raise RemoteUnavailable("this version of comoe reads packs from local disks only: leave `edges` empty.")
     if memory is not None and expert_memory is not None:
         raise UsageError("give memory for the whole process or expert memory, not both.")
-    loader = Loader(
-        Pack(Path(pack), source=Path(source) if source else None),
-        Options(parse_share(max_loss), context, dtype, threads),
-    )
+    moved_to = Path(source) if source else None
+    opened = Pack(Path(pack), source=moved_to)
+    refuse_idle_source(moved_to, opened.folder, opened.manifest)
+    loader = Loader(opened, Options(parse_share(max_loss), context, dtype, threads))
     if expert_memory is not None:
         return loader.within_experts(parse_budget(expert_memory, loader.pack.manifest.expert_bytes_bf16))
     return loader.within_process(parse_size(memory) if memory is not None else default_memory())
