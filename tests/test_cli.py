@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import torch
 from commands import Comoe, calibration_text, document
 from safetensors.torch import load_file, save_file
 
@@ -59,6 +60,36 @@ def test_a_slower_link_makes_a_slower_plan(comoe: Comoe, packed: Path) -> None:
         for link in ("1Mbit,50ms", "1Gbit,1ms")
     )
     assert slow["ms_per_token"][0] > 10 * fast["ms_per_token"][0]
+
+
+def test_a_plan_counts_what_the_compute_dtype_takes(comoe: Comoe, packed: Path) -> None:
+    needed = [
+        document(comoe("plan", packed, "--memory", "2GiB", "--dtype", dtype, "--json"))["beside_experts_bytes"]
+        for dtype in ("bfloat16", "float32")
+    ]
+    assert needed[0] + Pack(packed).manifest.dense_bytes < needed[1]
+
+
+def test_a_plan_depends_on_how_many_threads_compute(
+    comoe: Comoe, packed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: range(4))
+    monkeypatch.setattr("comoe.device.costs.memory_bps", lambda clock, *, threads=1: 1e3 * threads)
+
+    def low(*words: object) -> float:
+        plans = document(comoe("plan", packed, "--expert-memory", "100%", "--json", *words))["plans"]
+        return float(plans[0]["ms_per_token"][0])
+
+    assert low("--threads", 1) > 1.9 * low("--threads", 2) > 3.6 * low()
+
+
+def test_verify_computes_with_so_many_threads(comoe: Comoe, packed: Path, tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    try:
+        comoe("verify", packed, "--text", calibration_text(tmp_path), "--threads", 1)
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_run_answers_with_the_keys_of_the_contract(comoe: Comoe, packed: Path) -> None:
@@ -314,6 +345,7 @@ def test_a_manifest_with_an_unknown_key_is_refused(comoe: Comoe, copied: Path) -
         (("run", "PACK", "-p", "x", "--memory", "20MiB"), 3, "at least --memory"),
         (("run", "PACK", "-p", "some words", "--context", "5"), 2, "raise --context"),
         (("plan", "PACK", "--link", "fast"), 2, "is not a link"),
+        (("plan", "PACK", "--dtype", "int3"), 2, "float32, bfloat16, float16"),
         (("plan", "PACK", "--expert-memory", "1KiB"), 3, "below --expert-memory"),
         (("pack", "CHECKPOINT", "-o", "p", "--forms", "q5"), 2, "choose from"),
         (("pack", "CHECKPOINT", "-o", "p", "--calib", "absent.txt"), 2, "cannot be read"),

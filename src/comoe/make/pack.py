@@ -32,6 +32,7 @@ from comoe.make.layers import Layer, build
 from comoe.make.protocol import Evaluation
 from comoe.runtime.generate import tokenizer_of
 from comoe.runtime.skeleton import load_skeleton
+from comoe.runtime.threads import use_threads
 from comoe.store.checkpoint import Checkpoint
 from comoe.store.densefile import RawTensor, write_dense
 from comoe.store.families import experts_modules
@@ -103,8 +104,7 @@ def pack(
         raise UsageError(f"{target} exists: choose another name or remove it first.")
     if not target.absolute().parent.is_dir():
         raise UsageError(f"{target.absolute().parent} is not a folder: make it first, or choose another place.")
-    if recipe.threads is not None:
-        torch.set_num_threads(recipe.threads)
+    use_threads(recipe.threads)
     checkpoint = Checkpoint.open(source)
     if recipe.texts:
         check_calibratable(checkpoint)

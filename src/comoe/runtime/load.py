@@ -6,23 +6,22 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import torch
-
 from comoe.device import process
 from comoe.device.costs import measured_costs
 from comoe.device.memory import check_possible, default_memory
 from comoe.memory.cache import BlobCache
 from comoe.plan.cost import Costs
-from comoe.plan.footprint import FIRST_USE_FILE_BYTES, Workload, advised, beside_experts, unseen_bytes
+from comoe.plan.footprint import FIRST_USE_FILE_BYTES, Workload, advised, beside_experts, dtype_of, unseen_bytes
 from comoe.plan.ladder import Band, ladder_of
 from comoe.plan.ledger import Ledger
 from comoe.plan.planner import Plan, Planner, uniform
-from comoe.runtime.budget import FIRST_TOKENS, WarmUp, dtype_of, warm_up
+from comoe.runtime.budget import FIRST_TOKENS, WarmUp, warm_up
 from comoe.runtime.experts import TORCH_DTYPES, SiteMath
 from comoe.runtime.handle import Comoe, Promise
 from comoe.runtime.hook import attach
 from comoe.runtime.layer import ServedLayer, Serving
 from comoe.runtime.skeleton import load_skeleton
+from comoe.runtime.threads import use_threads
 from comoe.store.families import experts_modules
 from comoe.store.layout import PAGE, align
 from comoe.store.manifest import FORM_PARTS
@@ -98,8 +97,7 @@ class Loader:
         self._dtype = TORCH_DTYPES[self._work.dtype]
         process.steady_malloc()
         process.bound_kernel_caches()
-        if options.threads is not None:
-            torch.set_num_threads(options.threads)
+        use_threads(options.threads)
 
     def within_process(self, memory: int) -> Any:
         """The model, with experts in what the rest of the process leaves of `memory` bytes."""
