@@ -189,6 +189,23 @@ def test_an_unknown_key_of_the_settings_file_is_refused_with_the_nearest_known(
     assert said in result.sentence
 
 
+@pytest.mark.parametrize("text", ["max-loss = 0.02", "max-loss = 2", '[run]\nmax-loss = "2"', "expert-memory = 0.3"])
+def test_a_percentage_without_its_sign_is_refused_in_the_settings_file(comoe: Comoe, packed: Path, text: str) -> None:
+    Path("comoe.toml").write_text(text)
+    result = comoe("plan", packed)
+    assert (result.code, result.out) == (2, "")
+    assert "could be a percentage or a fraction" in result.sentence
+
+
+@pytest.mark.parametrize(("value", "bounded"), [('"50%"', True), ('"50 %"', True), ("0", False), ('"0"', False)])
+def test_a_percentage_of_the_settings_file_is_what_the_flag_would_be(
+    comoe: Comoe, packed: Path, value: str, bounded: bool
+) -> None:
+    Path("comoe.toml").write_text(f'max-loss = {value}\nexpert-memory = "50%"')
+    plans = document(comoe("plan", packed, "--json"))["plans"]
+    assert ("bounded" in {plan["name"] for plan in plans}) == bounded
+
+
 # Bad input
 
 

@@ -31,7 +31,11 @@ ExpertMemory = Annotated[
 ]
 MaxLoss = Annotated[
     str | None,
-    Option(envvar="COMOE_MAX_LOSS", metavar="PERCENT", help="Bound of the loss in nats per token: 2%. 0 is exact."),
+    Option(
+        envvar="COMOE_MAX_LOSS",
+        metavar="PERCENT",
+        help="Bound of the loss in nats per token, in percent: 2% or 2; 0 is exact. In comoe.toml with its sign.",
+    ),
 ]
 Exact = Annotated[bool, switch("exact", "Exactly the checkpoint's outputs: no loss.")]
 Context = Annotated[
