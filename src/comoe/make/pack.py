@@ -27,7 +27,14 @@ from comoe.device import process
 from comoe.make.calibrate import LayerInputs, Text, check_calibratable, cut, record, recorded
 from comoe.make.certify import certify
 from comoe.make.dense import dense_entry
-from comoe.make.estimate import seconds_to_pack
+from comoe.make.estimate import (
+    Left,
+    blank,
+    bytes_outside_experts,
+    bytes_to_pack,
+    recording_bytes,
+    seconds_to_pack,
+)
 from comoe.make.layers import Layer, build
 from comoe.make.protocol import Evaluation
 from comoe.runtime.generate import tokenizer_of
@@ -36,7 +43,7 @@ from comoe.runtime.threads import use_threads
 from comoe.store.checkpoint import Checkpoint
 from comoe.store.densefile import RawTensor, write_dense
 from comoe.store.families import experts_modules
-from comoe.store.layout import layout, quantised
+from comoe.store.layout import quantised
 from comoe.store.manifest import (
     DENSE,
     FORM_PARTS,
@@ -142,14 +149,10 @@ class Packer:
 
     def run(self, say: Callable[[str], None]) -> Manifest:
         self._begin()
+        self._estimate(say)
         dense_bytes = self._dense()
-        self.estimated_s = self._estimate_s()
         if dropped := [form for form in self._recipe.forms if form not in self._forms and self._recipe.texts]:
             say(f"No rows of these experts divide into groups of 32, so there will be no {', '.join(dropped)}.")
-        say(
-            f"Packing {self._checkpoint.folder} takes about {format_seconds(self.estimated_s)} and "
-            f"{format_size(self.estimate_bytes())} of disk."
-        )
         inputs = self._calibrate()
         layers = self._layers(inputs)
         manifest = self._manifest(dense_bytes, layers, inputs)
@@ -190,26 +193,29 @@ class Packer:
                 self._folder.rmdir()
             raise
 
-    def estimate_bytes(self) -> int:
-        """Bytes that the pack will take on disk, but for small files."""
-        parts = {part for form in self._forms for part in FORM_PARTS[form]}
-        parts -= set() if self._recipe.self_contained else {"exact"}
-        rows = {part: 1 / 4 if part == "merged" else 1.0 for part in parts}
-        experts = sum(
-            site.num_experts * rows[part] * layout(site, part).stride
-            for site in self._checkpoint.sites
-            for part in parts
+    def _estimate(self, say: Callable[[str], None]) -> None:
+        """Say how long the rest will take, from the time that one expert's steps take here."""
+        copied = (self._work / "dense").exists()
+        left = Left(
+            num_experts=sum(
+                site.num_experts for at, site in enumerate(self._checkpoint.sites) if not self._entry(at).exists()
+            ),
+            dense_bytes=0 if copied else bytes_outside_experts(self._checkpoint),
+            num_batches=-(-sum(map(len, self._windows.values())) // BATCH_WINDOWS) if self._recipe.texts else 0,
+            recorded=(self._work / "calibrated").exists(),
         )
-        dense = sum(self._checkpoint.tensors[name].extent.length for name in self._checkpoint.dense_names)
-        return int(experts + dense)
+        self.estimated_s = seconds_to_pack(self._checkpoint, self._blank, self._forms, left)
+        seconds, nbytes = format_seconds(self.estimated_s), format_size(self._pack_bytes)
+        takes = f"goes on: about {seconds} more, {nbytes}" if copied else f"takes about {seconds} and {nbytes}"
+        say(f"Packing {self._checkpoint.folder} {takes} of disk.")
 
-    def _estimate_s(self) -> float:
-        """Seconds to go, from the time that one expert's steps take here."""
-        index = max(range(len(self._checkpoint.sites)), key=lambda at: self._checkpoint.sites[at].expert_bytes_bf16)
-        _, module = list(experts_modules(self._model))[index]
-        tokens = {name: len(found) for name, found in self._windows.items()} if self._recipe.texts else {}
-        batches = -(-sum(tokens.values()) // BATCH_WINDOWS)
-        return seconds_to_pack(Layer(self._checkpoint, index, module, None, self._folder), self._forms, batches)
+    @property
+    def _pack_bytes(self) -> int:
+        return bytes_to_pack(self._checkpoint, self._forms, self_contained=self._recipe.self_contained)
+
+    def _entry(self, layer: int) -> Path:
+        """Where a layer's entry of the manifest is kept once the layer is done."""
+        return self._work / f"{layer:03}.json"
 
     def _begin(self) -> None:
         """Make the partial folder, or clear one that another input left. Raises UsageError for anybody else's."""
@@ -225,21 +231,14 @@ class Packer:
             path.unlink()
 
     def _check_space(self) -> None:
-        needed = self.estimate_bytes() + self._recording_bytes()
+        recording = recording_bytes(self._checkpoint, self._recipe.num_tokens) if self._recipe.texts else 0
+        needed = self._pack_bytes + recording
         parent = next(folder for folder in (self._folder, *self._folder.absolute().parents) if folder.exists())
         free = shutil.disk_usage(parent).free
         if needed > free:
             raise StorageFull(
                 f"the pack needs {format_size(needed)} in {parent}, {format_size(free)} are free: make room."
             )
-
-    def _recording_bytes(self) -> int:
-        """Bytes of what layers see of the calibration text, on disk until the pack is whole."""
-        if not self._recipe.texts:
-            return 0
-        widths = [next(leaf.cols for leaf in site.leaves if leaf.is_matrix) for site in self._checkpoint.sites]
-        per_token = sum(4 * width + 12 * self._checkpoint.experts_per_token for width in widths)
-        return self._recipe.num_tokens * per_token
 
     def _fingerprint(self) -> str:
         """Everything that the pack's bytes depend on."""
@@ -295,8 +294,12 @@ class Packer:
         return Evaluation.for_model(self._model, tokenizer_of(self._folder))
 
     @cached_property
+    def _blank(self) -> Any:
+        return blank(self._checkpoint)
+
+    @cached_property
     def _windows(self) -> dict[str, list[list[int]]]:
-        evaluation = self._evaluation
+        evaluation = Evaluation.for_model(self._blank, tokenizer_of(self._checkpoint.folder))
         return cut(evaluation.tokenizer, self._recipe.texts, evaluation.window_length, self._recipe.num_tokens)
 
     def _inputs(self, layer: int) -> LayerInputs:
@@ -307,7 +310,7 @@ class Packer:
         sites = self._checkpoint.sites
         for index, (_, module) in enumerate(experts_modules(self._model)):
             self._progress(f"layer {index + 1} of {len(sites)}", 0.2 + 0.6 * index / len(sites))
-            done = self._work / f"{index:03}.json"
+            done = self._entry(index)
             if not done.exists():
                 inputs = self._inputs(index) if calibrated else None
                 layer = Layer(self._checkpoint, index, module, inputs, self._folder)
