@@ -1,9 +1,12 @@
 """The command line called as a shell would call it, in this process or in one of its own."""
 
+import json
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -39,6 +42,16 @@ def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *w
         code = int(stop.code or 0)
     shown = capsys.readouterr()
     return Result(code, shown.out, shown.err)
+
+
+Comoe = Callable[..., Result]
+"""`call` from an empty folder: the fixture `comoe`."""
+
+
+def document(result: Result) -> Any:
+    """What a command that went well printed as JSON."""
+    assert result.code == 0, result.err
+    return json.loads(result.out)
 
 
 def spawn(*words: object) -> "subprocess.Popen[str]":

@@ -1,14 +1,21 @@
-"""What every test may ask for: the shared models, a tiny checkpoint. And the rule that CI skips nothing by surprise.
+"""What every test may ask for: the shared models, a tiny checkpoint and its pack, the command line.
 
-torch is imported inside fixtures only, so that the tests that need none start at once.
+And the rule that CI skips nothing by surprise. torch is imported inside fixtures only, so that the tests that need none
+start at once.
 """
 
+import json
 import os
+import shutil
 import string
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from commands import Comoe
 
 THREADS = "2"
 SHARED = Path(os.environ.get("COMOE_SHARED") or Path(__file__).resolve().parents[2] / "shared")
@@ -63,6 +70,44 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Qwen3MoeForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     save_tokenizer(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def packed(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pack of the tiny checkpoint in all forms, with a certificate. Shared by all tests: read it."""
+    from commands import calibration_text
+
+    from comoe.make.calibrate import texts_of
+    from comoe.make.pack import pack
+    from comoe.make.recipe import Recipe
+
+    folder = tmp_path_factory.mktemp("packed")
+    shutil.copytree(tiny_checkpoint, folder / "source")
+    recipe = Recipe(texts=texts_of([calibration_text(folder)]), num_tokens=4096)
+    pack(folder / "source", folder / "tiny.comoe", recipe, lambda step, done: None)
+    return folder / "tiny.comoe"
+
+
+@pytest.fixture
+def copied(packed: Path, tmp_path: Path) -> Path:
+    """A pack of one's own, and its checkpoint beside it."""
+    shutil.copytree(packed.parent / "source", tmp_path / "source")
+    shutil.copytree(packed, tmp_path / "own.comoe")
+    manifest = json.loads((tmp_path / "own.comoe" / "comoe.json").read_bytes())
+    manifest["source"]["folder"] = str(tmp_path / "source")
+    (tmp_path / "own.comoe" / "comoe.json").write_text(json.dumps(manifest))
+    return tmp_path / "own.comoe"
+
+
+@pytest.fixture
+def comoe(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> "Comoe":
+    """Call the command line from an empty folder, without settings of the environment."""
+    from commands import call
+
+    monkeypatch.chdir(tmp_path)
+    for name in [name for name in os.environ if name.startswith("COMOE_")]:
+        monkeypatch.delenv(name)
+    return lambda *words: call(capsys, monkeypatch, *words)
 
 
 def save_tokenizer(folder: Path) -> None:

@@ -23,7 +23,8 @@ from transformers import GenerationMixin
 import comoe
 from comoe.kernels import native
 from comoe.make.calibrate import Text
-from comoe.make.pack import DEFAULT_FORMS, Recipe, pack
+from comoe.make.pack import pack
+from comoe.make.recipe import DEFAULT_FORMS, Recipe
 from comoe.plan.ladder import ladder_of
 from comoe.runtime import experts
 from comoe.runtime.load import Loader, Options

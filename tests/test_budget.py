@@ -15,7 +15,8 @@ from torch import Tensor
 
 from comoe.device import process
 from comoe.device.process import Resident
-from comoe.make.pack import Recipe, pack
+from comoe.make.pack import pack
+from comoe.make.recipe import Recipe
 from comoe.plan.footprint import NOISE_BYTES, Workload, beside_experts
 from comoe.runtime import experts, load
 from comoe.runtime.experts import HEIGHTS, SiteMath

@@ -4,53 +4,20 @@ import io
 import json
 import shutil
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import pytest
-from commands import Result, calibration_text, call
+import torch
+from commands import Comoe, calibration_text, document
 from safetensors.torch import load_file, save_file
 
+from comoe.make.pack import pack
+from comoe.make.recipe import Recipe
 from comoe.store.blobfile import read_header
 from comoe.store.pack import Pack
 
-Comoe = Callable[..., Result]
 TOKENS = ("--calib-tokens", 4096)
-
-
-@pytest.fixture
-def comoe(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Comoe:
-    """Call the command line from an empty folder, without settings of the environment."""
-    monkeypatch.chdir(tmp_path)
-    return lambda *words: call(capsys, monkeypatch, *words)
-
-
-@pytest.fixture(scope="module")
-def packed(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from comoe.make.calibrate import texts_of
-    from comoe.make.pack import Recipe, pack
-
-    folder = tmp_path_factory.mktemp("cli")
-    shutil.copytree(tiny_checkpoint, folder / "source")
-    recipe = Recipe(texts=texts_of([calibration_text(folder)]), num_tokens=4096)
-    pack(folder / "source", folder / "tiny.comoe", recipe, lambda step, done: None)
-    return folder / "tiny.comoe"
-
-
-@pytest.fixture
-def copied(packed: Path, tmp_path: Path) -> Path:
-    """A pack of one's own, and its checkpoint beside it."""
-    shutil.copytree(packed.parent / "source", tmp_path / "source")
-    shutil.copytree(packed, tmp_path / "own.comoe")
-    manifest = json.loads((tmp_path / "own.comoe" / "comoe.json").read_bytes())
-    manifest["source"]["folder"] = str(tmp_path / "source")
-    (tmp_path / "own.comoe" / "comoe.json").write_text(json.dumps(manifest))
-    return tmp_path / "own.comoe"
-
-
-def document(result: Result) -> Any:
-    assert result.code == 0, result.err
-    return json.loads(result.out)
 
 
 # What the contract promises
@@ -94,6 +61,36 @@ def test_a_slower_link_makes_a_slower_plan(comoe: Comoe, packed: Path) -> None:
         for link in ("1Mbit,50ms", "1Gbit,1ms")
     )
     assert slow["ms_per_token"][0] > 10 * fast["ms_per_token"][0]
+
+
+def test_a_plan_counts_what_the_compute_dtype_takes(comoe: Comoe, packed: Path) -> None:
+    needed = [
+        document(comoe("plan", packed, "--memory", "2GiB", "--dtype", dtype, "--json"))["beside_experts_bytes"]
+        for dtype in ("bfloat16", "float32")
+    ]
+    assert needed[0] + Pack(packed).manifest.dense_bytes < needed[1]
+
+
+def test_a_plan_depends_on_how_many_threads_compute(
+    comoe: Comoe, packed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: range(4))
+    monkeypatch.setattr("comoe.device.costs.memory_bps", lambda clock, *, threads=1: 1e3 * threads)
+
+    def low(*words: object) -> float:
+        plans = document(comoe("plan", packed, "--expert-memory", "100%", "--json", *words))["plans"]
+        return float(plans[0]["ms_per_token"][0])
+
+    assert low("--threads", 1) > 1.9 * low("--threads", 2) > 3.6 * low()
+
+
+def test_verify_computes_with_so_many_threads(comoe: Comoe, packed: Path, tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    try:
+        comoe("verify", packed, "--text", calibration_text(tmp_path), "--threads", 1)
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_run_answers_with_the_keys_of_the_contract(comoe: Comoe, packed: Path) -> None:
@@ -153,6 +150,11 @@ def test_doctor_measures_and_names_problems(comoe: Comoe) -> None:
     assert list(Path().iterdir()) == []
 
 
+def test_the_version_needs_no_command(comoe: Comoe) -> None:
+    result = comoe("--version")
+    assert (result.code, result.out, result.err) == (0, version("comoe") + "\n", "")
+
+
 # Where a value comes from
 
 
@@ -186,6 +188,23 @@ def test_an_unknown_key_of_the_settings_file_is_refused_with_the_nearest_known(
     result = comoe("inspect", packed)
     assert (result.code, result.out) == (2, "")
     assert said in result.sentence
+
+
+@pytest.mark.parametrize("text", ["max-loss = 0.02", "max-loss = 2", '[run]\nmax-loss = "2"', "expert-memory = 0.3"])
+def test_a_percentage_without_its_sign_is_refused_in_the_settings_file(comoe: Comoe, packed: Path, text: str) -> None:
+    Path("comoe.toml").write_text(text)
+    result = comoe("plan", packed)
+    assert (result.code, result.out) == (2, "")
+    assert "could be a percentage or a fraction" in result.sentence
+
+
+@pytest.mark.parametrize(("value", "bounded"), [('"50%"', True), ('"50 %"', True), ("0", False), ('"0"', False)])
+def test_a_percentage_of_the_settings_file_is_what_the_flag_would_be(
+    comoe: Comoe, packed: Path, value: str, bounded: bool
+) -> None:
+    Path("comoe.toml").write_text(f'max-loss = {value}\nexpert-memory = "50%"')
+    plans = document(comoe("plan", packed, "--json"))["plans"]
+    assert ("bounded" in {plan["name"] for plan in plans}) == bounded
 
 
 # Bad input
@@ -299,6 +318,19 @@ def test_a_flipped_byte_beside_the_blobs_stops_the_run_and_fails_verification(
     assert name in json.loads(checked.out)["errors"][0]
 
 
+def test_a_checkpoint_for_a_pack_that_reads_none_is_refused_but_compared_with(
+    comoe: Comoe, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    pack(tiny_checkpoint, Path("own"), Recipe(forms=("q4",), self_contained=True), lambda step, done: None)
+    for words in (("plan", "own"), ("inspect", "own"), ("run", "own", "-p", "x")):
+        result = comoe(*words, "--source", tiny_checkpoint)
+        assert (result.code, result.out) == (2, "")
+        assert "self-contained and reads no checkpoint" in result.sentence
+    words = ("verify", "own", "--text", calibration_text(tmp_path), "--json")
+    assert document(comoe(*words))["exact"]["allclose"] is None
+    assert document(comoe(*words, "--source", tiny_checkpoint))["exact"]["allclose"]
+
+
 def test_a_manifest_with_an_unknown_key_is_refused(comoe: Comoe, copied: Path) -> None:
     manifest = json.loads((copied / "comoe.json").read_bytes())
     (copied / "comoe.json").write_text(json.dumps(manifest | {"surprise": 1}))
@@ -331,6 +363,7 @@ def test_a_manifest_with_an_unknown_key_is_refused(comoe: Comoe, copied: Path) -
         (("run", "PACK", "-p", "x", "--memory", "20MiB"), 3, "at least --memory"),
         (("run", "PACK", "-p", "some words", "--context", "5"), 2, "raise --context"),
         (("plan", "PACK", "--link", "fast"), 2, "is not a link"),
+        (("plan", "PACK", "--dtype", "int3"), 2, "float32, bfloat16, float16"),
         (("plan", "PACK", "--expert-memory", "1KiB"), 3, "below --expert-memory"),
         (("pack", "CHECKPOINT", "-o", "p", "--forms", "q5"), 2, "choose from"),
         (("pack", "CHECKPOINT", "-o", "p", "--calib", "absent.txt"), 2, "cannot be read"),

@@ -11,6 +11,7 @@ import pytest
 from sources import MemorySource
 
 from comoe.device import memory, probe, process
+from comoe.device.costs import LAYER_MS, expected_framework_ms
 from comoe.device.memory import MemoryLimit, cgroup_limits, cgroup_version, check_possible, machine_memory, memory_limit
 from comoe.kernels.matrix import Code, Matrix
 from comoe.types import BlobId, UsageError
@@ -157,6 +158,22 @@ def test_memory_bandwidth_is_bytes_by_the_median_time_of_a_pass() -> None:
     """Passes of 1, 1, 10, 1, 1 seconds: one that was disturbed does not count."""
     ticks = iter(np.cumsum([0, 1, 0, 1, 0, 10, 0, 1, 0, 1]).tolist())
     assert probe.memory_bps(lambda: next(ticks), nbytes=8000) == 8000
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_memory_is_read_by_so_many_threads_together(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths: list[int] = []
+    monkeypatch.setattr("numpy.sum", lambda part: lengths.append(len(part)) or 0.0)
+    ticks = iter([0.0, 2.0])
+    assert probe.memory_bps(lambda: next(ticks), threads=threads, nbytes=2400, repeats=1) == 1200
+    assert lengths == [300 // threads] * threads
+
+
+def test_a_token_outside_its_experts_is_a_band_from_all_threads_reading_to_one_working() -> None:
+    one, four = (expected_framework_ms(4_000_000, 10, 1e9, bps) for bps in (1e9, 4e9))
+    low, high = LAYER_MS
+    assert one == pytest.approx((4 + 10 * low, 8 + 10 * high))
+    assert four == pytest.approx((1 + 10 * low, 8 + 10 * high))
 
 
 class SlowSource(MemorySource):

@@ -11,7 +11,8 @@ from models import save_random
 from sweep import TEXT, Subject
 from transformers import LlamaConfig, LlamaForCausalLM, NllbMoeConfig, NllbMoeForConditionalGeneration
 
-from comoe.make.pack import Recipe, pack
+from comoe.make.pack import pack
+from comoe.make.recipe import Recipe
 from comoe.plan.ladder import ladder_of
 from comoe.store.checkpoint import Checkpoint
 from comoe.types import NotAMoE, UnsupportedFamily, UsageError

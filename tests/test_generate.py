@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from comoe.make.pack import Recipe, pack
+from comoe.make.pack import pack
+from comoe.make.recipe import Recipe
 from comoe.runtime.generate import Sampling, StopFilter, generate, prompt_ids, tokenizer_of
 from comoe.runtime.load import load
 from comoe.types import UsageError

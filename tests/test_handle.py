@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from comoe.make.pack import Recipe, pack
+from comoe.make.pack import pack
+from comoe.make.recipe import Recipe
 from comoe.runtime.load import Loader, Options, load
 from comoe.store.pack import Pack
 from comoe.types import DoesNotFit, RemoteUnavailable, UsageError

@@ -4,6 +4,7 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,10 @@ from safetensors.torch import load_file, save_file
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from comoe.make.calibrate import texts_of
-from comoe.make.pack import Recipe, pack
+from comoe.make.estimate import Left, blank, seconds_to_pack
+from comoe.make.pack import pack
+from comoe.make.recipe import Recipe
+from comoe.store.checkpoint import Checkpoint
 from comoe.store.pack import Pack
 from comoe.types import CheckpointError, MissingShard, NotFinite, StorageFull, TruncatedShard, UsageError
 
@@ -71,14 +75,27 @@ def test_exact_experts_stay_in_the_checkpoint_unless_the_pack_is_self_contained(
     assert Pack(tmp_path / "moved").checkpoint is None
 
 
-def test_the_estimate_comes_first(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_the_estimate_comes_first(tiny_checkpoint: Path, text: Path, tmp_path: Path) -> None:
     told: list[str] = []
-    report = pack(
-        tiny_checkpoint, tmp_path / "p", Recipe(), lambda step, done: told.append(step), lambda text: told.append(text)
-    )
-    first = next(at for at, text in enumerate(told) if "takes about" in text)
-    assert not any(step.startswith("layer") for step in told[:first])
+    recipe = Recipe(texts=texts_of([text]), num_tokens=TOKENS)
+    report = pack(tiny_checkpoint, tmp_path / "p", recipe, lambda step, done: told.append(step), told.append)
+    assert "takes about" in told[0]
+    assert "dense part" in told
     assert report.estimated_seconds > 0
+
+
+def test_what_is_done_already_takes_no_time(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("comoe.make.estimate._timed", lambda call: 1.0)
+    checkpoint = Checkpoint.open(tiny_checkpoint)
+    whole = Left(num_experts=16, dense_bytes=10**6, num_batches=3)
+    recorded = replace(whole, dense_bytes=0, recorded=True)
+    built = replace(recorded, num_experts=0)
+    plain = replace(built, num_batches=0)
+    left = (whole, recorded, replace(recorded, num_experts=8), built, plain)
+    seconds = [seconds_to_pack(checkpoint, blank(checkpoint), FORMS, each) for each in left]
+    assert seconds == sorted(seconds, reverse=True)
+    assert seconds[1] - seconds[2] == pytest.approx(seconds[2] - seconds[3])  # half of the experts
+    assert seconds[-1] == 0
 
 
 def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
@@ -112,7 +129,9 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
         target,
         Recipe(forms=FORMS, texts=texts_of([text]), num_tokens=TOKENS),
         lambda s, d: told.append(s),
+        told.append,
     )
+    assert "goes on" in told[0]
     assert "calibration" not in told
     assert files_of(target) == files_of(packed)
     assert not (tmp_path / "killed.comoe.partial").exists()

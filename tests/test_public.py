@@ -98,6 +98,22 @@ def test_every_lasting_option_has_its_twin_in_the_environment() -> None:
     assert twins == {name: f"COMOE_{name.upper()}" for name in twins}
 
 
+def test_every_switch_that_may_be_on_by_a_twin_can_be_turned_off_by_a_flag() -> None:
+    code = (
+        "from comoe.cli import app\nfrom typer.main import get_command\ncommands = get_command(app).commands.values()"
+    )
+    switches = "p for command in commands for p in command.params if getattr(p, 'is_flag', False) and p.envvar"
+    off = answer(code, f"{{p.name: p.secondary_opts for p in ({switches})}}")
+    assert {"json", "exact", "chat", "quick"} <= off.keys()
+    assert off == {name: [f"--no-{name.replace('_', '-')}"] for name in off}
+
+
+def test_every_command_that_computes_says_with_how_many_threads() -> None:
+    code = "from comoe.cli import app\nfrom typer.main import get_command\nfound = get_command(app).commands.items()"
+    takers = answer(code, "[name for name, command in found if 'threads' in [p.name for p in command.params]]")
+    assert takers == ["pack", "plan", "run", "verify", "demo", "bench"]
+
+
 def test_every_command_is_in_the_readme() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     listed = commands()

@@ -8,8 +8,8 @@ from blake3 import blake3
 
 from comoe.bench.corpus import chunk_items, valid_texts
 from comoe.make.calibrate import Text, texts_of
-from comoe.make.pack import Recipe
 from comoe.make.protocol import ChunkItem
+from comoe.make.recipe import Recipe
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ from comoe.bench.plans import plan_row
 from comoe.bench.rows import Job, RowFile, collect
 from comoe.bench.subject import CONTEXT, Subject
 from comoe.device.machine import machine
-from comoe.make.pack import Recipe
+from comoe.make.recipe import Recipe
 from comoe.types import Progress, UsageError
 
 NAME = "quality"

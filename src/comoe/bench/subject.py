@@ -8,8 +8,9 @@ from typing import Any
 from blake3 import blake3
 
 from comoe.bench.material import Material, Scope
-from comoe.make.pack import Recipe, pack
+from comoe.make.pack import pack
 from comoe.make.protocol import Evaluation
+from comoe.make.recipe import Recipe
 from comoe.runtime.generate import tokenizer_of
 from comoe.runtime.load import Loader, Options
 from comoe.store.pack import Pack

@@ -1,6 +1,7 @@
 """The command line: one file per command, joined here. Data goes to stdout, talk to stderr.
 
-A flag wins over its environment twin `COMOE_*`, that over comoe.toml, that over the default.
+A flag wins over its environment twin `COMOE_*`, that over comoe.toml, that over the default; so it does over those of
+a setting that it excludes.
 """
 
 import os
@@ -11,9 +12,11 @@ from typing import Annotated
 import typer
 
 from comoe.cli.bench import command as bench
+from comoe.cli.command import Command
 from comoe.cli.config import defaults_of
 from comoe.cli.demo import command as demo
 from comoe.cli.doctor import command as doctor
+from comoe.cli.ending import Commands, drop_unread, last_word
 from comoe.cli.inspect import command as inspect
 from comoe.cli.pack import command as pack
 from comoe.cli.plan import command as plan
@@ -21,13 +24,16 @@ from comoe.cli.run import command as run
 from comoe.cli.verify import command as verify
 from comoe.types import ComoeError
 
-INTERRUPTED = 130
 RUN_PACKAGES = {"torch", "transformers", "safetensors", "scipy"}
 
 app = typer.Typer(
     name="comoe",
+    cls=Commands,
     help="Run Mixture-of-Experts models that do not fit, inside whatever memory there is.\n\n"
-    "\b\ncomoe demo\ncomoe pack ./Qwen3-30B-A3B -o qwen.comoe\ncomoe run qwen.comoe --memory 4GiB --prompt 'Once upon'",
+    "\b\ncomoe demo\ncomoe pack ./Qwen3-30B-A3B -o qwen.comoe\ncomoe run qwen.comoe --memory 4GiB --prompt 'Once upon'"
+    "\n\nA flag such as --memory 4GiB may also be given by the environment (COMOE_MEMORY=4GiB) or by comoe.toml "
+    '(memory = "4GiB", at the top or in a table such as [run]). A flag wins over the environment, that over the file, '
+    "also where two settings exclude each other.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -44,7 +50,15 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "bench": bench,
 }
 for name, command in COMMANDS.items():
-    app.command(name)(command)
+    app.command(name, cls=Command)(command)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(version("comoe"))
+        raise typer.Exit
 
 
 @app.callback()
@@ -53,13 +67,10 @@ def begin(
     config: Annotated[
         str | None, typer.Option(envvar="COMOE_CONFIG", help="Settings file instead of ./comoe.toml.")
     ] = None,
-    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
 ) -> None:
-    if version:
-        from importlib.metadata import version as version_of
-
-        print(version_of("comoe"))
-        raise typer.Exit
     context.default_map = defaults_of(config, context.command)
 
 
@@ -78,12 +89,10 @@ def main() -> None:
         if error.name not in RUN_PACKAGES:
             raise
         _stop(f"this command needs {error.name}: pip install 'comoe[run]'.", 1)
-    except KeyboardInterrupt:
-        _stop("interrupted.", INTERRUPTED)
-    except BrokenPipeError:  # the reader of stdout went away, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    finally:
+        drop_unread()
 
 
 def _stop(sentence: str, code: int) -> None:
-    print(f"comoe: {sentence}", file=sys.stderr)
+    last_word(sentence)
     sys.exit(code)

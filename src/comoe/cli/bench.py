@@ -6,7 +6,7 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from comoe.cli.options import Json
+from comoe.cli.options import Json, Threads, switch
 from comoe.cli.terminal import print_json, progress_bar
 from comoe.types import UsageError
 
@@ -18,8 +18,9 @@ def command(
     models: Annotated[
         Path | None, Option(envvar="COMOE_MODELS", help="Folder of models; by default COMOE_SHARED/models.")
     ] = None,
-    quick: Annotated[bool, Option("--quick", envvar="COMOE_QUICK", help="A coarse run of about a minute.")] = False,
+    quick: Annotated[bool, switch("quick", "A coarse run of about a minute.")] = False,
     out: Annotated[Path | None, Option(help="Keep finished rows here, and go on from them.")] = None,
+    threads: Threads = None,
     json: Json = False,
 ) -> None:
     """Run a benchmark.
@@ -32,8 +33,10 @@ def command(
     from comoe.bench.figures import page
     from comoe.bench.quality import run
     from comoe.runtime.generate import quiet_transformers
+    from comoe.runtime.threads import use_threads
 
     quiet_transformers()
+    use_threads(threads)
     shared = Path(os.environ.get("COMOE_SHARED") or "../shared")
     with progress_bar() as progress:
         document = run(models or shared / "models", shared, quick=quick, out=out, progress=progress)

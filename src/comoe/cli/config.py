@@ -1,15 +1,16 @@
 """comoe.toml: defaults for flags, checked key by key before a command runs.
 
 Keys are the long flags without their dashes (`max-loss = "2%"`); at the top for every command that has the flag, in a
-table such as `[run]` for one command.
+table such as `[run]` for one command, which is the stronger. Percentages are text with their sign.
 """
 
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from comoe.cli.rivals import displaced
 from comoe.types import UnknownKey, UsageError
 
 FILE = "comoe.toml"
@@ -31,29 +32,47 @@ def defaults_of(path: str | None, group: Any) -> dict[str, dict[str, Any]]:
         raise UsageError(f"{file} is not TOML: {error}.") from error
     flags = {name: _flags(command) for name, command in group.commands.items()}
     shared = {key: value for key, value in document.items() if not isinstance(value, dict)}
-    _check(shared, {flag for of_command in flags.values() for flag in of_command}, str(file))
+    _check(shared, {flag: found for of_command in flags.values() for flag, found in of_command.items()}, str(file))
     tables = {key: value for key, value in document.items() if isinstance(value, dict)}
-    _check(tables, flags, f"{file}, table")
+    _check_keys(tables, flags, f"{file}, table")
     for command, values in tables.items():
         _check(values, flags[command], f"{file}, [{command}]")
-    found = {command: shared | tables.get(command, {}) for command in flags}
-    return {
-        command: {names[key]: value for key, value in found[command].items() if key in names}
-        for command, names in flags.items()
-    }
+    return {command: _merged(shared, tables.get(command, {}), found) for command, found in flags.items()}
 
 
-def _flags(command: Any) -> dict[str, str]:
-    """{`max-loss`: `max_loss`} of a command's options; both spellings of an on/off flag."""
+def _merged(shared: Mapping[str, Any], own: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
+    """A command's parameters from the top of the file and from its table, whose keys exclude rivals at the top."""
+    top, table = ({flags[key].name: value for key, value in of.items() if key in flags} for of in (shared, own))
+    gone = displaced((table, top))
+    return {name: value for name, value in top.items() if name not in gone} | table
+
+
+def _flags(command: Any) -> dict[str, Any]:
+    """A command's options by their long flags, without dashes; `json = false` is what turns an on/off flag off."""
     return {
-        flag.removeprefix("--"): parameter.name
+        flag.removeprefix("--"): parameter
         for parameter in command.params
         for flag in parameter.opts
         if flag.startswith("--") and flag != "--help"
     }
 
 
-def _check(keys: Iterable[str], known: Iterable[str], where: str) -> None:
+def _check(values: Mapping[str, Any], flags: Mapping[str, Any], where: str) -> None:
+    _check_keys(values, flags, where)
+    for key, value in values.items():
+        if _is_ambiguous(value, flags[key].metavar):
+            hint = f'write it with its sign, as in {key} = "2%"'
+            raise UsageError(f"{where}: {key} = {value} could be a percentage or a fraction: {hint}.")
+
+
+def _is_ambiguous(value: Any, metavar: str | None) -> bool:
+    """Whether 0.02 might be meant as 2 %: beside a flag stands PERCENT, in the file nothing does."""
+    if metavar == "SIZE|PERCENT":
+        return isinstance(value, float)
+    return metavar == "PERCENT" and "%" not in str(value) and value not in (0, "0")
+
+
+def _check_keys(keys: Iterable[str], known: Iterable[str], where: str) -> None:
     known = sorted(known)
     for key in keys:
         if key not in known:

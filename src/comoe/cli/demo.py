@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Option
 
-from comoe.cli.options import Json
+from comoe.cli.options import Json, Threads
 from comoe.cli.plan import show_plans
 from comoe.cli.terminal import print_json, print_table, progress_bar, say
 from comoe.types import VerificationFailed
@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 
 def command(
-    keep: Annotated[Path | None, Option(help="Leave the demo's pack in this new folder.")] = None, json: Json = False
+    keep: Annotated[Path | None, Option(help="Leave the demo's pack in this new folder.")] = None,
+    threads: Threads = None,
+    json: Json = False,
 ) -> None:
     """Show comoe at work on the small model that it brings along.
 
@@ -30,8 +32,10 @@ def command(
     """
     from comoe.make.demo import demo
     from comoe.runtime.generate import quiet_transformers
+    from comoe.runtime.threads import use_threads
 
     quiet_transformers()
+    use_threads(threads)
     with TemporaryDirectory(prefix="comoe-demo-") as scratch, progress_bar() as progress:
         shown = demo(keep or Path(scratch) / "demo.comoe", progress, say)
     if json:

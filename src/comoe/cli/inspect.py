@@ -6,7 +6,7 @@ from comoe.cli.options import Json, PackPath, Source
 from comoe.cli.terminal import print_json, print_table
 from comoe.plan.ladder import ladder_of
 from comoe.store.manifest import Certificate, Manifest
-from comoe.store.pack import Pack
+from comoe.store.pack import Pack, refuse_idle_source
 from comoe.units import format_loss, format_size
 
 
@@ -17,6 +17,7 @@ def command(pack: PackPath, source: Source = None, json: Json = False) -> None:
     comoe inspect qwen.comoe
     """
     opened = Pack(pack, source=source)
+    refuse_idle_source(source, pack, opened.manifest)
     summary = {"pack": str(pack), "pack_bytes": opened.own_bytes, **describe(opened.manifest)}
     if json:
         print_json(summary)

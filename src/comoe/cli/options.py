@@ -1,15 +1,22 @@
 """Flags that several commands share, each spelled and explained once, and what they mean together."""
 
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 from typer import Argument, Option
 
 from comoe.types import UsageError
 from comoe.units import parse_share
 
+
+def switch(name: str, help: str) -> Any:
+    """An on/off flag, with what turns it off again where the environment (COMOE_NAME) or comoe.toml turned it on."""
+    twin = f"COMOE_{name.upper().replace('-', '_')}"
+    return Option(f"--{name}/--no-{name}", envvar=twin, show_default=False, help=help)
+
+
 PackPath = Annotated[Path, Argument(help="A folder that `comoe pack` made.", show_default=False)]
-Json = Annotated[bool, Option("--json", envvar="COMOE_JSON", help="Print one JSON document on stdout.")]
+Json = Annotated[bool, switch("json", "Print one JSON document on stdout.")]
 Memory = Annotated[
     str | None,
     Option(envvar="COMOE_MEMORY", metavar="SIZE", help="Memory of the whole process, a hard limit: 4GiB."),
@@ -24,9 +31,13 @@ ExpertMemory = Annotated[
 ]
 MaxLoss = Annotated[
     str | None,
-    Option(envvar="COMOE_MAX_LOSS", metavar="PERCENT", help="Bound of the loss in nats per token: 2%. 0 is exact."),
+    Option(
+        envvar="COMOE_MAX_LOSS",
+        metavar="PERCENT",
+        help="Bound of the loss in nats per token, in percent: 2% or 2; 0 is exact. In comoe.toml with its sign.",
+    ),
 ]
-Exact = Annotated[bool, Option("--exact", envvar="COMOE_EXACT", help="Exactly the checkpoint's outputs: no loss.")]
+Exact = Annotated[bool, switch("exact", "Exactly the checkpoint's outputs: no loss.")]
 Context = Annotated[
     int | None,
     Option(envvar="COMOE_CONTEXT", min=1, metavar="TOKENS", help="Longest prompt and answer together."),

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from comoe.cli.options import Json, Seed, Threads
+from comoe.cli.options import Json, Seed, Threads, switch
 from comoe.cli.terminal import print_json, progress_bar, say
 from comoe.store.shipped import calibration_files
 from comoe.types import UsageError
@@ -22,9 +22,7 @@ def command(
     calibrate: Annotated[str, Option(envvar="COMOE_CALIBRATE", help="`text`, or `none` for no calibration.")] = "text",
     calib_tokens: Annotated[int, Option(envvar="COMOE_CALIB_TOKENS", min=1024, help="Tokens to calibrate on.")] = 16384,
     forms: Annotated[str, Option(envvar="COMOE_FORMS", help="Forms beside exact, by commas.")] = "merged,q4,q8",
-    self_contained: Annotated[
-        bool, Option("--self-contained", envvar="COMOE_SELF_CONTAINED", help="Copy the exact experts into the pack.")
-    ] = False,
+    self_contained: Annotated[bool, switch("self-contained", "Copy the exact experts into the pack.")] = False,
     threads: Threads = None,
     seed: Seed = 0,
     json: Json = False,
@@ -38,7 +36,8 @@ def command(
     pack appears under its name once it is whole.
     """
     from comoe.make.calibrate import texts_of
-    from comoe.make.pack import Recipe, pack
+    from comoe.make.pack import pack
+    from comoe.make.recipe import Recipe
     from comoe.runtime.generate import quiet_transformers
 
     quiet_transformers()

@@ -1,5 +1,6 @@
 """`comoe plan`: what a pack could do in a budget, before anything is loaded."""
 
+import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -9,15 +10,28 @@ from typing import Annotated, Any
 
 from typer import Option
 
-from comoe.cli.options import Context, Exact, ExpertMemory, Json, MaxLoss, Memory, PackPath, Source, Wish, wish
+from comoe.cli.options import (
+    Context,
+    Dtype,
+    Exact,
+    ExpertMemory,
+    Json,
+    MaxLoss,
+    Memory,
+    PackPath,
+    Source,
+    Threads,
+    Wish,
+    wish,
+)
 from comoe.cli.terminal import print_json, print_table
 from comoe.device import process
 from comoe.device.costs import measured_costs
 from comoe.device.memory import check_possible, default_memory
-from comoe.plan.footprint import INTERPRETER_BYTES, Workload, advised, beside_experts
-from comoe.plan.ladder import Ladder, ladder_of
+from comoe.plan.footprint import INTERPRETER_BYTES, Workload, advised, beside_experts, dtype_of
+from comoe.plan.ladder import ladder_of
 from comoe.plan.planner import Plan, Planner, frontier
-from comoe.store.pack import Pack
+from comoe.store.pack import Pack, refuse_idle_source
 from comoe.types import DoesNotFit, UsageError
 from comoe.units import format_size, parse_budget, parse_link, parse_size
 
@@ -33,6 +47,8 @@ def command(
     max_loss: MaxLoss = None,
     exact: Exact = False,
     context: Context = None,
+    dtype: Dtype = None,
+    threads: Threads = None,
     link: Annotated[
         str | None,
         Option(envvar="COMOE_LINK", metavar="RATE,RTT", help="Read experts over a link such as 40Mbit,20ms."),
@@ -50,11 +66,11 @@ def command(
     """
     wished = wish(memory, expert_memory, max_loss, exact)
     opened = Pack(pack, source=source)
-    planner = Planner(ladder_of(opened.manifest), measured_costs(opened, perf_counter))
-    if link is not None:
-        rate, latency = parse_link(link)
-        planner = replace(planner, costs=replace(planner.costs, read_bps=rate, read_latency_s=latency))
-    budget, beside = _expert_budget(wished, opened, planner.ladder, context or DEFAULT_CONTEXT)
+    refuse_idle_source(source, pack, opened.manifest)
+    planner = _planner(opened, dtype, threads, link)
+    forms = planner.ladder.forms(wished.max_loss)
+    work = Workload(context or DEFAULT_CONTEXT, dtype_of(opened.manifest, dtype), forms)
+    budget, beside = _expert_budget(wished, opened, work)
     offered = wished.max_loss if exact or max_loss is not None else OFFERED_LOSS
     plans = frontier(planner, budget, offered)
     smallest = planner.smallest(wished.max_loss)
@@ -92,11 +108,19 @@ def _row(plan: Plan) -> list[str]:
     ]
 
 
-def _expert_budget(wished: Wish, pack: Pack, ladder: Ladder, context: int) -> tuple[int, int]:
+def _planner(pack: Pack, dtype: str | None, threads: int | None, link: str | None) -> Planner:
+    cores = len(os.sched_getaffinity(0))
+    costs = measured_costs(pack, perf_counter, threads=min(threads or cores, cores), dtype=dtype)
+    if link is not None:
+        rate, latency = parse_link(link)
+        costs = replace(costs, read_bps=rate, read_latency_s=latency)
+    return Planner(ladder_of(pack.manifest), costs)
+
+
+def _expert_budget(wished: Wish, pack: Pack, work: Workload) -> tuple[int, int]:
     """(bytes for experts, bytes that the process needs beside them)."""
     if wished.expert_memory is not None:
         return parse_budget(wished.expert_memory, pack.manifest.expert_bytes_bf16), 0
-    work = Workload(context, pack.manifest.dtype, ladder.forms(wished.max_loss))
     beside = beside_experts(pack.manifest, work, _interpreter_bytes(pack.folder))
     if wished.memory is None:
         return default_memory() - beside, beside

@@ -20,6 +20,7 @@ from comoe.cli.options import (
     Source,
     Threads,
     Wish,
+    switch,
     wish,
 )
 from comoe.cli.terminal import print_json, say
@@ -40,9 +41,7 @@ def command(
     max_new_tokens: Annotated[
         int, Option("--max-new-tokens", "-n", envvar="COMOE_MAX_NEW_TOKENS", help="Most tokens to generate.")
     ] = 128,
-    ignore_eos: Annotated[
-        bool, Option("--ignore-eos", envvar="COMOE_IGNORE_EOS", help="Go on after the end of the text.")
-    ] = False,
+    ignore_eos: Annotated[bool, switch("ignore-eos", "Go on after the end of the text.")] = False,
     temperature: Annotated[
         float, Option(envvar="COMOE_TEMPERATURE", help="Randomness; 0 always takes the likeliest token.")
     ] = 0.0,
@@ -50,9 +49,7 @@ def command(
     top_p: Annotated[float, Option(envvar="COMOE_TOP_P", help="Choose among the likeliest of this probability.")] = 1.0,
     seed: Seed = 0,
     stop: Annotated[list[str] | None, Option(help="Stop before this text; may be given several times.")] = None,
-    chat: Annotated[
-        bool, Option("--chat", envvar="COMOE_CHAT", help="Frame the prompt by the model's chat template.")
-    ] = False,
+    chat: Annotated[bool, switch("chat", "Frame the prompt by the model's chat template.")] = False,
     memory: Memory = None,
     expert_memory: ExpertMemory = None,
     max_loss: MaxLoss = None,

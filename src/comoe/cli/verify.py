@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from typer import Option
 
-from comoe.cli.options import Exact, ExpertMemory, Json, MaxLoss, PackPath, Source, wish
+from comoe.cli.options import Exact, ExpertMemory, Json, MaxLoss, PackPath, Threads, wish
 from comoe.cli.terminal import print_json, print_pairs, progress_bar, say
 from comoe.store.pack import Pack
 from comoe.store.shipped import sample_files
@@ -20,7 +20,11 @@ def command(
     max_loss: MaxLoss = None,
     exact: Exact = False,
     text: Annotated[list[Path] | None, Option(help="Text to measure on; by default text that comoe ships.")] = None,
-    source: Source = None,
+    source: Annotated[
+        Path | None,
+        Option(envvar="COMOE_SOURCE", help="Where the checkpoint is now, if it moved or the pack is self-contained."),
+    ] = None,
+    threads: Threads = None,
     json: Json = False,
 ) -> None:
     """Check a pack and what plans promise.
@@ -33,8 +37,10 @@ def command(
     """
     from comoe.make.verify import verify
     from comoe.runtime.generate import quiet_transformers
+    from comoe.runtime.threads import use_threads
 
     quiet_transformers()
+    use_threads(threads)
     wished = wish(None, expert_memory, max_loss, exact)
     opened = Pack(pack, source=source)
     budget = parse_budget(wished.expert_memory or "30%", opened.manifest.expert_bytes_bf16)

@@ -6,6 +6,7 @@ from comoe.device.probe import Clock, kernel_bps, memory_bps, read_rate
 from comoe.forms.matrices import SUMS, matrices_of
 from comoe.kernels import native
 from comoe.plan.cost import Costs
+from comoe.plan.footprint import dense_bytes, dtype_of
 from comoe.plan.ladder import Band
 from comoe.store.layout import layout
 from comoe.store.manifest import FORM_PARTS, Manifest
@@ -17,17 +18,21 @@ LAYER_MS = (0.3, 1.5)
 """Time of one layer's operations beside its bytes: the band to expect before a model has run here."""
 
 
-def measured_costs(pack: Pack, clock: Clock, framework_ms: Band | None = None) -> Costs:
+def measured_costs(pack: Pack, clock: Clock, *, threads: int = 1, dtype: str | None = None) -> Costs:
     """Rates of memory, of reading experts and of computing with every form of them, measured in a fraction of a second.
 
-    `framework_ms` where a warm-up measured it, else a wide band.
+    What a token costs outside its experts is a wide band: for the dense part in `dtype`, by default the checkpoint's,
+    and at most `threads` threads.
     """
     manifest = pack.manifest
     computed = [form for form in manifest.forms if FORM_PARTS[form]]
     memory = memory_bps(clock)
+    together = max(memory, memory_bps(clock, threads=threads)) if threads > 1 else memory
+    dense = dense_bytes(manifest, dtype_of(manifest, dtype))
+    framework_ms = expected_framework_ms(dense, manifest.dense.num_layers, memory, together)
     rate, latency = read_rate(pack, _probes(manifest), clock)
     forms = {form: _compute_bps(manifest, form, clock) for form in computed} if native.available() else {}
-    return Costs(rate, latency, memory, framework_ms or expected_framework_ms(manifest, memory), forms)
+    return Costs(rate, latency, memory, framework_ms, forms)
 
 
 def _probes(manifest: Manifest) -> list[BlobId]:
@@ -59,8 +64,10 @@ def _terms(form: str) -> list[tuple[str, tuple[str, ...]]]:
     return [(form, FORM_PARTS[form])]
 
 
-def expected_framework_ms(manifest: Manifest, bandwidth_bps: float) -> Band:
-    """A token outside its experts: reading the dense weights once, and the operations of every layer."""
-    bytes_ms = 1e3 * manifest.dense_bytes / bandwidth_bps
+def expected_framework_ms(nbytes: int, num_layers: int, one_bps: float, all_bps: float) -> Band:
+    """A token outside its experts: reading the `nbytes` of dense weights, and the operations of every layer.
+
+    At best all threads read together, at worst one does all the work and takes twice the time of reading.
+    """
     low, high = LAYER_MS
-    return Band(bytes_ms + low * manifest.dense.num_layers, 2 * bytes_ms + high * manifest.dense.num_layers)
+    return Band(1e3 * nbytes / all_bps + low * num_layers, 2e3 * nbytes / one_bps + high * num_layers)

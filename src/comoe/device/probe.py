@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,10 +24,11 @@ MOST_COPIES = 128
 PLANES = ("weight", "scales", "low")
 
 
-def memory_bps(clock: Clock, *, nbytes: int = 64 << 20, repeats: int = 5) -> float:
-    """Bytes per second at which one thread sums memory that no cache holds."""
-    data = np.ones(nbytes // 8, np.float64)
-    return nbytes / median(_timed(clock, lambda: float(data.sum())) for _ in range(repeats))
+def memory_bps(clock: Clock, *, threads: int = 1, nbytes: int = 64 << 20, repeats: int = 5) -> float:
+    """Bytes per second at which `threads` threads together sum memory that no cache holds."""
+    parts = np.array_split(np.ones(nbytes // 8, np.float64), threads)
+    with ThreadPoolExecutor(threads) as pool:
+        return nbytes / median(_timed(clock, lambda: sum(pool.map(np.sum, parts))) for _ in range(repeats))
 
 
 def read_rate(source: Source, blobs: list[BlobId], clock: Clock) -> tuple[float, float]:

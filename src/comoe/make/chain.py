@@ -1,6 +1,6 @@
 """The chain of a pack, from the errors that its layers measured; and which forms are worth their place in it."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import msgspec
 import numpy as np
@@ -18,6 +18,8 @@ SHARES = (
 
 PROBED = (0.06, 0.1, 0.16)
 """Sizes at which chains with and without shared experts are compared."""
+
+Certify = Callable[[Manifest], Mapping[str, Certificate]]
 
 LEAST_LOSS = 1e-4
 """Losses are compared as ratios, and below this they are noise."""
@@ -51,8 +53,31 @@ def choices_of(manifest: Manifest) -> Choices | None:
     )
 
 
-def better(with_shared: Mapping[str, Certificate], without: Mapping[str, Certificate]) -> bool:
-    """Whether a chain with shared experts loses less than one without, in the geometric mean over its probed steps."""
+def with_chain(manifest: Manifest, certify: Certify | None, *, shared: bool | None, pruned: bool) -> Manifest:
+    """`manifest` with its chain; `certify` answers the certificates of a manifest's steps, None: there are none.
+
+    `shared` is whether experts may share blobs; None: if that loses less, measured. `pruned`: without unused forms.
+    """
+    if shared is None:
+        shared = certify is not None and _is_sharing_better(manifest, certify)
+    manifest = msgspec.structs.replace(manifest, chain=chain(manifest, sharing=shared))
+    if pruned and manifest.chain:
+        manifest = restricted(manifest, used_forms(manifest.chain, manifest.forms))
+    if certify is None or not manifest.chain:
+        return manifest
+    found = certify(manifest)
+    steps = tuple(msgspec.structs.replace(step, certificate=found.get(step.name)) for step in manifest.chain)
+    return msgspec.structs.replace(manifest, chain=steps)
+
+
+def _is_sharing_better(manifest: Manifest, certify: Certify) -> bool:
+    """Whether chains in which experts share blobs lose less, in the geometric mean over a few sizes."""
+    if not {*SHARING} & {*manifest.forms}:
+        return False
+    chains = [chain(manifest, sharing=sharing, shares=PROBED) for sharing in (True, False)]
+    if chains[0] == chains[1] or not all(chains):
+        return False
+    with_shared, without = (certify(msgspec.structs.replace(manifest, chain=steps)) for steps in chains)
     return _log_mean(with_shared.values()) < _log_mean(without.values())
 
 

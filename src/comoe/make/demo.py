@@ -8,7 +8,8 @@ from typing import Any
 
 from comoe.make.calibrate import texts_of
 from comoe.make.measure import Measured, measure, sample_windows
-from comoe.make.pack import Recipe, Report, pack
+from comoe.make.pack import pack
+from comoe.make.recipe import Recipe, Report
 from comoe.plan.planner import Plan, frontier
 from comoe.runtime.generate import Answer, Sampling, generate, prompt_ids, tokenizer_of
 from comoe.runtime.load import Loader, Options

@@ -8,7 +8,7 @@ from blake3 import blake3
 
 from comoe.forms.lowbit import quantise_low
 from comoe.forms.quantise import quantise
-from comoe.make.shared import SHARING, Shared
+from comoe.make.shared import SHARING, Shared, Sharing
 from comoe.make.study import Errors, Layer, Quantiser, Study, blob_bytes
 from comoe.store.blobfile import BlobWriter
 from comoe.store.layout import layout
@@ -27,12 +27,12 @@ QUANTISERS: Mapping[str, Quantiser] = {
 
 
 @torch.no_grad()
-def build(layer: Layer, forms: Sequence[str], distil_steps: int, *, self_contained: bool) -> LayerEntry:
+def build(layer: Layer, forms: Sequence[str], how: Sharing, *, self_contained: bool) -> LayerEntry:
     """Write the blobs of `forms` of one layer, an expert at a time, and say what they are."""
     site, inputs = layer.site, layer.inputs
     errors = Errors(site.num_experts)
     parts = {"exact": _exact(layer, self_contained), **_own_parts(layer, forms, errors)}
-    shared = Shared(layer, distil_steps) if inputs is not None and {*forms} & {*SHARING} else None
+    shared = Shared(layer, how) if inputs is not None and {*forms} & {*SHARING} else None
     if shared is not None:
         parts |= shared.parts(forms, errors)
     return LayerEntry(

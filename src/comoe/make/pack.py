@@ -9,9 +9,8 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from errno import EDQUOT, ENOSPC
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
@@ -24,21 +23,29 @@ from blake3 import blake3
 from torch import Tensor
 
 from comoe.device import process
-from comoe.make.calibrate import LayerInputs, Text, check_calibratable, cut, record, recorded
+from comoe.make.calibrate import LayerInputs, check_calibratable, cut, record, recorded
 from comoe.make.certify import Windows, certify
-from comoe.make.chain import PROBED, better, chain, restricted, used_forms
+from comoe.make.chain import with_chain
 from comoe.make.dense import dense_entry
-from comoe.make.estimate import seconds_to_pack
+from comoe.make.estimate import (
+    Left,
+    blank,
+    bytes_outside_experts,
+    bytes_to_pack,
+    recording_bytes,
+    seconds_to_pack,
+)
 from comoe.make.layers import build
 from comoe.make.protocol import Evaluation
-from comoe.make.shared import SHARING
+from comoe.make.recipe import CALIBRATED_FORMS, DEFAULT_FORMS, Recipe, Report
 from comoe.make.study import Layer
 from comoe.runtime.generate import tokenizer_of
 from comoe.runtime.skeleton import load_skeleton
+from comoe.runtime.threads import use_threads
 from comoe.store.checkpoint import Checkpoint
 from comoe.store.densefile import RawTensor, write_dense
 from comoe.store.families import experts_modules
-from comoe.store.layout import layout, quantised
+from comoe.store.layout import quantised
 from comoe.store.manifest import (
     DENSE,
     FORM_PARTS,
@@ -55,12 +62,6 @@ from comoe.store.pack import Pack, file_hash, header_hash, source_entry
 from comoe.types import CheckpointError, ComoeError, Progress, StorageFull, UsageError
 from comoe.units import format_seconds, format_size
 
-DEFAULT_FORMS = ("dropped", "merged", "lowrank", "q2", "residual", "q3", "q4", "q8")
-"""Tried by default; those that no step of the chain uses are left out of the pack."""
-
-CALIBRATED_FORMS = {"dropped", *SHARING}
-"""Forms that say nothing without calibration text."""
-
 HELD_OUT = 4
 """One window in so many is kept from calibration, to certify on."""
 
@@ -69,37 +70,6 @@ MIN_HELD_OUT = 4
 
 BATCH_WINDOWS = 16
 STORED = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.int64: "I64", torch.int32: "I32"}
-
-
-@dataclass(frozen=True, slots=True)
-class Recipe:
-    """What to make. Without `texts` nothing is calibrated: no merged form, plain rounding, no certificate.
-
-    `distil_steps` are those of training for each merged expert.
-    """
-
-    forms: tuple[str, ...] = DEFAULT_FORMS
-    texts: tuple[Text, ...] = ()
-    num_tokens: int = 16384
-    distil_steps: int = 100
-    self_contained: bool = False
-    seed: int = 0
-    threads: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Report:
-    """What was made, and what it took; the keys of the contract."""
-
-    model_type: str
-    layers: int
-    experts_per_layer: int
-    expert_bytes_bf16: int
-    pack_bytes: int
-    forms: tuple[str, ...]
-    seconds: float
-    estimated_seconds: float
-    peak_bytes: int
 
 
 def pack(
@@ -115,8 +85,7 @@ def pack(
         raise UsageError(f"{target} exists: choose another name or remove it first.")
     if not target.absolute().parent.is_dir():
         raise UsageError(f"{target.absolute().parent} is not a folder: make it first, or choose another place.")
-    if recipe.threads is not None:
-        torch.set_num_threads(recipe.threads)
+    use_threads(recipe.threads)
     checkpoint = Checkpoint.open(source)
     if recipe.texts:
         check_calibratable(checkpoint)
@@ -154,14 +123,10 @@ class Packer:
 
     def run(self, say: Callable[[str], None]) -> Manifest:
         self._begin()
+        self._estimate(say)
         dense_bytes = self._dense()
-        self.estimated_s = self._estimate_s()
         if dropped := [form for form in self._recipe.forms if form not in self._forms and self._recipe.texts]:
             say(f"No rows of these experts divide into groups of 32, so there will be no {', '.join(dropped)}.")
-        say(
-            f"Packing {self._checkpoint.folder} takes about {format_seconds(self.estimated_s)} and "
-            f"{format_size(self.estimate_bytes())} of disk."
-        )
         inputs = self._calibrate()
         layers = self._layers(inputs)
         manifest = self._manifest(dense_bytes, layers, inputs)
@@ -202,26 +167,29 @@ class Packer:
                 self._folder.rmdir()
             raise
 
-    def estimate_bytes(self) -> int:
-        """Bytes that the pack will take on disk, but for small files."""
-        parts = {part for form in self._forms for part in FORM_PARTS[form]}
-        parts -= set() if self._recipe.self_contained else {"exact"}
-        rows = {part: 1 / 4 if part == "merged" else 1.0 for part in parts}
-        experts = sum(
-            site.num_experts * rows[part] * layout(site, part).stride
-            for site in self._checkpoint.sites
-            for part in parts
+    def _estimate(self, say: Callable[[str], None]) -> None:
+        """Say how long the rest will take, from the time that one expert's steps take here."""
+        copied = (self._work / "dense").exists()
+        left = Left(
+            num_experts=sum(
+                site.num_experts for at, site in enumerate(self._checkpoint.sites) if not self._entry(at).exists()
+            ),
+            dense_bytes=0 if copied else bytes_outside_experts(self._checkpoint),
+            num_batches=-(-sum(map(len, self._windows.values())) // BATCH_WINDOWS) if self._recipe.texts else 0,
+            recorded=(self._work / "calibrated").exists(),
         )
-        dense = sum(self._checkpoint.tensors[name].extent.length for name in self._checkpoint.dense_names)
-        return int(experts + dense)
+        self.estimated_s = seconds_to_pack(self._checkpoint, self._blank, self._forms, left)
+        seconds, nbytes = format_seconds(self.estimated_s), format_size(self._pack_bytes)
+        takes = f"goes on: about {seconds} more, {nbytes}" if copied else f"takes about {seconds} and {nbytes}"
+        say(f"Packing {self._checkpoint.folder} {takes} of disk.")
 
-    def _estimate_s(self) -> float:
-        """Seconds to go, from the time that one expert's steps take here."""
-        index = max(range(len(self._checkpoint.sites)), key=lambda at: self._checkpoint.sites[at].expert_bytes_bf16)
-        _, module = list(experts_modules(self._model))[index]
-        tokens = {name: len(found) for name, found in self._windows.items()} if self._recipe.texts else {}
-        batches = -(-sum(tokens.values()) // BATCH_WINDOWS)
-        return seconds_to_pack(Layer(self._checkpoint, index, module, None, self._folder), self._forms, batches)
+    @property
+    def _pack_bytes(self) -> int:
+        return bytes_to_pack(self._checkpoint, self._forms, self_contained=self._recipe.self_contained)
+
+    def _entry(self, layer: int) -> Path:
+        """Where a layer's entry of the manifest is kept once the layer is done."""
+        return self._work / f"{layer:03}.json"
 
     def _begin(self) -> None:
         """Make the partial folder, or clear one that another input left. Raises UsageError for anybody else's."""
@@ -237,21 +205,14 @@ class Packer:
             path.unlink()
 
     def _check_space(self) -> None:
-        needed = self.estimate_bytes() + self._recording_bytes()
+        recording = recording_bytes(self._checkpoint, self._recipe.num_tokens) if self._recipe.texts else 0
+        needed = self._pack_bytes + recording
         parent = next(folder for folder in (self._folder, *self._folder.absolute().parents) if folder.exists())
         free = shutil.disk_usage(parent).free
         if needed > free:
             raise StorageFull(
                 f"the pack needs {format_size(needed)} in {parent}, {format_size(free)} are free: make room."
             )
-
-    def _recording_bytes(self) -> int:
-        """Bytes of what layers see of the calibration text, on disk until the pack is whole."""
-        if not self._recipe.texts:
-            return 0
-        widths = [next(leaf.cols for leaf in site.leaves if leaf.is_matrix) for site in self._checkpoint.sites]
-        per_token = sum(4 * width + 12 * self._checkpoint.experts_per_token for width in widths)
-        return self._recipe.num_tokens * per_token
 
     def _fingerprint(self) -> str:
         """Everything that the pack's bytes depend on."""
@@ -307,8 +268,12 @@ class Packer:
         return Evaluation.for_model(self._model, tokenizer_of(self._folder))
 
     @cached_property
+    def _blank(self) -> Any:
+        return blank(self._checkpoint)
+
+    @cached_property
     def _windows(self) -> dict[str, list[list[int]]]:
-        evaluation = self._evaluation
+        evaluation = Evaluation.for_model(self._blank, tokenizer_of(self._checkpoint.folder))
         return cut(evaluation.tokenizer, self._recipe.texts, evaluation.window_length, self._recipe.num_tokens)
 
     def _inputs(self, layer: int) -> LayerInputs:
@@ -319,12 +284,11 @@ class Packer:
         sites = self._checkpoint.sites
         for index, (_, module) in enumerate(experts_modules(self._model)):
             self._progress(f"layer {index + 1} of {len(sites)}", 0.2 + 0.6 * index / len(sites))
-            done = self._work / f"{index:03}.json"
+            done = self._entry(index)
             if not done.exists():
                 inputs = self._inputs(index) if calibrated else None
-                layer = Layer(self._checkpoint, index, module, inputs, self._folder)
-                steps, whole = self._recipe.distil_steps, self._recipe.self_contained
-                entry = build(layer, self._forms, steps, self_contained=whole)
+                layer = Layer(self._checkpoint, index, module, inputs, self._folder, self._recipe.compensated)
+                entry = build(layer, self._forms, self._recipe.sharing, self_contained=self._recipe.self_contained)
                 self._write(f"work/{done.name}", encode(entry))
             entries.append(decode(done.read_bytes(), LayerEntry, done))
         return tuple(entries)
@@ -369,44 +333,23 @@ class Packer:
         return tuple(np.quantile(torch.cat(gates).numpy(), np.linspace(0, 1, 11)).tolist())
 
     def _with_chain(self, manifest: Manifest) -> Manifest:
-        """The manifest with its chain, certified where there is text enough."""
+        """The manifest with its chain, certified where there is text enough; forms that it does not use are left out
+        where nobody named them."""
         held_out = {name: domain[::HELD_OUT] for name, domain in self._windows.items()}
         for name in ("_model", "_evaluation"):
             self.__dict__.pop(name, None)
-        enough = sum(map(len, held_out.values())) >= MIN_HELD_OUT
-        sharing = enough and self._is_sharing_better(manifest, held_out)
-        manifest = msgspec.structs.replace(manifest, chain=chain(manifest, sharing=sharing))
-        if self._recipe.forms == DEFAULT_FORMS and manifest.chain:
-            manifest = restricted(manifest, used_forms(manifest.chain, manifest.forms))
-        if not enough:
-            return manifest
-        found = self._certify(manifest, held_out, 0.85, 1.0)
-        steps = tuple(msgspec.structs.replace(step, certificate=found.get(step.name)) for step in manifest.chain)
-        return msgspec.structs.replace(manifest, chain=steps)
+        enough = self._recipe.certified and sum(map(len, held_out.values())) >= MIN_HELD_OUT
+        certify = partial(self._certify, held_out) if enough else None
+        pruned = self._recipe.forms == DEFAULT_FORMS
+        return with_chain(manifest, certify, shared=self._recipe.shared, pruned=pruned)
 
-    def _is_sharing_better(self, manifest: Manifest, held_out: Windows) -> bool:
-        """Whether chains in which experts share blobs lose less on text; a form earns its place by measurement."""
-        if not {*SHARING} & {*manifest.forms}:
-            return False
-        found = [
-            self._certify(
-                msgspec.structs.replace(manifest, chain=chain(manifest, sharing=sharing, shares=PROBED)),
-                held_out,
-                *((0.8, 0.825) if sharing else (0.825, 0.85)),
-            )
-            for sharing in (True, False)
-        ]
-        return better(*found)
-
-    def _certify(self, manifest: Manifest, held_out: Windows, start: float, end: float) -> dict[str, Certificate]:
+    def _certify(self, held_out: Windows, manifest: Manifest) -> dict[str, Certificate]:
         """Certificates of the manifest's chain, but for exact, by step."""
         self._write(MANIFEST, encode(manifest))
+        steps = [step.name for step in manifest.chain if step.name != "exact"]
+        told = f"certificate of {len(steps)} sizes"
         return certify(
-            self._folder,
-            [step.name for step in manifest.chain if step.name != "exact"],
-            held_out,
-            lambda done: self._progress("certificate", start + (end - start) * done),
-            self._recipe.threads,
+            self._folder, steps, held_out, lambda done: self._progress(told, 0.8 + 0.2 * done), self._recipe.threads
         )
 
     def _remove_unused(self, manifest: Manifest) -> None:
@@ -433,7 +376,7 @@ def _disk_errors(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if isinstance(error, ComoeError):
+        if isinstance(error, ComoeError | BrokenPipeError):
             raise
         if error.errno not in (ENOSPC, EDQUOT):
             raise UsageError(f"{target} cannot be made ({error}): choose another place.") from error

@@ -5,6 +5,7 @@ member sees.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cached_property, partial
 
 import torch
@@ -30,11 +31,24 @@ LESSON_TOKENS = 4096
 """Of what the members of a cluster see, how much its expert is taught on."""
 
 
-class Shared:
-    """The clusters of one layer, whose inputs were recorded; `distil_steps` of training for each one's expert."""
+@dataclass(frozen=True, slots=True)
+class Sharing:
+    """How shared experts are made: steps of training for each, 0 for no distillation; hidden units aligned or not."""
 
-    def __init__(self, layer: Layer, distil_steps: int) -> None:
-        self._layer, self._distil_steps = layer, distil_steps
+    distil_steps: int = 100
+    aligned: bool = True
+
+
+AS_MEASURED = Sharing()
+"""What docs/analysis.md found best."""
+
+
+class Shared:
+    """The clusters of one layer, whose inputs were recorded."""
+
+    def __init__(self, layer: Layer, how: Sharing) -> None:
+        self._layer, self._how = layer, how
+        self._units = layer.units if how.aligned else None
         self.tree = dendrogram(output_distances(self._outputs()))
         self.clusters = clusters(self.tree, max(1, layer.site.num_experts // EXPERTS_PER_CLUSTER))
 
@@ -83,11 +97,11 @@ class Shared:
         """The expert of a cluster: the average of its members, taught to put out what they do."""
         layer = self._layer
         members = [layer.study(index) for index, found in enumerate(self.clusters) if found == cluster]
-        weights = merge([m.tensors for m in members], [self._masses[m.index] for m in members], layer.units)
+        weights = merge([m.tensors for m in members], [self._masses[m.index] for m in members], self._units)
         lessons = self._lessons(members)
         found = {}
         if len(lessons.x):
-            weights = self._taught(weights, lessons)
+            weights = self._taught(weights, lessons) if self._how.distil_steps else weights
             found = grams(layer, lessons.x, weights, lessons.gate)
         stored = {name: tensor.to(members[0].tensors[name].dtype) for name, tensor in weights.items()}
         return Study(layer, members[0].index, stored, found).blob("merged", quantise)
@@ -108,7 +122,7 @@ class Shared:
         """`weights` refitted, trained and refitted again, or what of that is best."""
         forward = partial(expert_forward, self._layer.module)
         refitted = self._refitted(weights, lessons)
-        trained = self._refitted(train(refitted, forward, lessons, self._distil_steps), lessons)
+        trained = self._refitted(train(refitted, forward, lessons, self._how.distil_steps), lessons)
         return min((weights, refitted, trained), key=lambda tried: lessons.error(forward(lessons.x, tried)))
 
     def _refitted(self, weights: dict[str, Tensor], lessons: Lessons) -> dict[str, Tensor]:
@@ -125,7 +139,7 @@ class Shared:
         maths = SiteMath(layer.module, layer.site, torch.float32)
         shared = maths.tensors("merged", arrays([base]))
         own = {name: tensor.float() for name, tensor in study.tensors.items()}
-        aligned = align(shared, own, layer.units) if layer.units is not None else own
+        aligned = align(shared, own, self._units) if self._units is not None else own
         of_leaf = {leaf.name: leaf for leaf in layer.site.leaves}
         delta = {
             name: tensor - shared[name] if quantised(of_leaf[name]) else study.tensors[name]

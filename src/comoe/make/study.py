@@ -37,13 +37,17 @@ Quantiser = Callable[..., Planes]
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """Where a layer's experts come from and go to. `inputs` is None without calibration."""
+    """Where a layer's experts come from and go to. `inputs` is None without calibration.
+
+    Without `compensated` weights are rounded to nearest all the same.
+    """
 
     checkpoint: Checkpoint
     index: int
     module: Any
     inputs: LayerInputs | None
     folder: Path
+    compensated: bool = True
 
     @property
     def site(self) -> Site:
@@ -103,7 +107,8 @@ class Study:
         if self.given is not None:
             return self.given
         x, _ = self.seen
-        return grams(self.layer, x, self.tensors) if len(x) >= MIN_TOKENS else {}
+        enough = self.layer.compensated and len(x) >= MIN_TOKENS
+        return grams(self.layer, x, self.tensors) if enough else {}
 
     @property
     def energy(self) -> float | None:

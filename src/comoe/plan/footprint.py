@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from comoe.store.layout import PAGE, align
 from comoe.store.manifest import Manifest
-from comoe.types import DTYPE_BYTES, Site
+from comoe.types import DTYPE_BYTES, Site, UsageError
 
 MARGIN_BYTES = 24 << 20
 """Kernel memory that a limit counts and no process sees, but for page tables."""
@@ -53,11 +53,22 @@ class Workload:
         return DTYPE_BYTES[self.dtype]
 
 
+def dtype_of(manifest: Manifest, dtype: str | None) -> str:
+    """The compute dtype: the asked one, else the checkpoint's. Raises UsageError."""
+    if dtype is not None and dtype not in DTYPE_BYTES:
+        raise UsageError(f"there is no dtype {dtype!r}: choose from {', '.join(DTYPE_BYTES)}.")
+    return dtype or manifest.dtype
+
+
 def beside_experts(manifest: Manifest, work: Workload, interpreter: int) -> int:
     """Bytes of the process without experts; `interpreter` are those before a model is loaded."""
-    weights = manifest.dense_bytes * work.itemsize // DTYPE_BYTES[manifest.dtype]
-    needed = weights + kv_bytes(manifest, work) + activation_bytes(manifest, work)
+    needed = dense_bytes(manifest, work.dtype) + kv_bytes(manifest, work) + activation_bytes(manifest, work)
     return interpreter + FIRST_USE_BYTES + MARGIN_BYTES + int(needed * (1 + ALLOCATOR_SHARE))
+
+
+def dense_bytes(manifest: Manifest, dtype: str) -> int:
+    """Bytes of the dense part's weights in `dtype`."""
+    return manifest.dense_bytes * DTYPE_BYTES[dtype] // DTYPE_BYTES[manifest.dtype]
 
 
 def advised(needed: int) -> int:

@@ -17,21 +17,13 @@ from comoe.runtime.experts import HEIGHTS, TORCH_DTYPES, SiteMath
 from comoe.runtime.hook import attach
 from comoe.runtime.layer import DECODE_TOKENS
 from comoe.store.layout import layout
-from comoe.store.manifest import FORM_PARTS, Manifest
-from comoe.types import DTYPE_BYTES, UsageError
+from comoe.store.manifest import FORM_PARTS
 
 FIRST_TOKENS = 16
 """A prefill so long brings in whatever code the first one ever needs, before anything is measured."""
 
 KERNEL_SIZE = 256
 """Rows and columns of a matrix that is multiplied only to have code made for it: about as much as for any other."""
-
-
-def dtype_of(manifest: Manifest, dtype: str | None) -> str:
-    """The compute dtype: the asked one, else the checkpoint's. Raises UsageError."""
-    if dtype is not None and dtype not in DTYPE_BYTES:
-        raise UsageError(f"there is no dtype {dtype!r}: choose from {', '.join(DTYPE_BYTES)}.")
-    return dtype or manifest.dtype
 
 
 class WarmUp(NamedTuple):

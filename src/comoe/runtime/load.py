@@ -7,26 +7,26 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
-import torch
 
 from comoe.device import process
 from comoe.device.costs import measured_costs
 from comoe.device.memory import check_possible, default_memory
 from comoe.memory.cache import BlobCache
 from comoe.plan.cost import Costs
-from comoe.plan.footprint import FIRST_USE_FILE_BYTES, Workload, advised, beside_experts, unseen_bytes
+from comoe.plan.footprint import FIRST_USE_FILE_BYTES, Workload, advised, beside_experts, dtype_of, unseen_bytes
 from comoe.plan.ladder import Band, ladder_of
 from comoe.plan.ledger import Ledger
 from comoe.plan.planner import Plan, Planner, uniform
-from comoe.runtime.budget import FIRST_TOKENS, WarmUp, dtype_of, warm_up
+from comoe.runtime.budget import FIRST_TOKENS, WarmUp, warm_up
 from comoe.runtime.experts import TORCH_DTYPES, SiteMath
 from comoe.runtime.handle import Comoe, Promise
 from comoe.runtime.hook import attach
 from comoe.runtime.layer import ServedLayer, Serving
 from comoe.runtime.skeleton import load_skeleton
+from comoe.runtime.threads import use_threads
 from comoe.store.families import experts_modules
 from comoe.store.layout import PAGE
-from comoe.store.pack import Pack
+from comoe.store.pack import Pack, refuse_idle_source
 from comoe.types import DoesNotFit, RemoteUnavailable, UsageError
 from comoe.units import format_size, parse_budget, parse_share, parse_size
 
@@ -78,10 +78,10 @@ def load(
         raise RemoteUnavailable("this version of comoe reads packs from local disks only: leave `edges` empty.")
     if memory is not None and expert_memory is not None:
         raise UsageError("give memory for the whole process or expert memory, not both.")
-    loader = Loader(
-        Pack(Path(pack), source=Path(source) if source else None),
-        Options(parse_share(max_loss), context, dtype, threads),
-    )
+    moved_to = Path(source) if source else None
+    opened = Pack(Path(pack), source=moved_to)
+    refuse_idle_source(moved_to, opened.folder, opened.manifest)
+    loader = Loader(opened, Options(parse_share(max_loss), context, dtype, threads))
     if expert_memory is not None:
         return loader.within_experts(parse_budget(expert_memory, loader.pack.manifest.expert_bytes_bf16))
     return loader.within_process(parse_size(memory) if memory is not None else default_memory())
@@ -98,8 +98,7 @@ class Loader:
         self._dtype = TORCH_DTYPES[self._work.dtype]
         process.steady_malloc()
         process.bound_kernel_caches()
-        if options.threads is not None:
-            torch.set_num_threads(options.threads)
+        use_threads(options.threads)
 
     def within_process(self, memory: int) -> Any:
         """The model, with experts in what the rest of the process leaves of `memory` bytes."""

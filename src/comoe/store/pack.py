@@ -15,7 +15,7 @@ from blake3 import blake3
 from comoe.store.blobfile import MAX_HEADER_BYTES, BlobFile, read_header
 from comoe.store.directfile import Bounce, DirectFile
 from comoe.store.manifest import Manifest, PartEntry, SourceEntry, SourceFile, read_manifest
-from comoe.types import BlobId, CorruptBlob, Extent, HostileFile, PackError, SourceChanged, SourceMissing
+from comoe.types import BlobId, CorruptBlob, Extent, HostileFile, PackError, SourceChanged, SourceMissing, UsageError
 
 HASH_BLOCK_BYTES = 1 << 20
 
@@ -144,6 +144,12 @@ class Pack:
         if self._part(blob).file is None:
             return f"the checkpoint in {self.checkpoint} is damaged or was changed: restore it or pack again."
         return "the file is damaged: pack again."
+
+
+def refuse_idle_source(source: Path | None, folder: Path, manifest: Manifest) -> None:
+    """Raise UsageError where a `source` is given for the pack in `folder`, which reads nothing from it."""
+    if source is not None and manifest.source is None:
+        raise UsageError(f"{folder} is self-contained and reads no checkpoint: leave out --source (or COMOE_SOURCE).")
 
 
 def check_source(folder: Path, source: SourceEntry) -> None:

@@ -1,0 +1,48 @@
+"""What to make of a checkpoint, and the report of what was made."""
+
+from dataclasses import dataclass
+
+from comoe.make.calibrate import Text
+from comoe.make.shared import AS_MEASURED, SHARING, Sharing
+
+DEFAULT_FORMS = ("dropped", "merged", "lowrank", "q2", "residual", "q3", "q4", "q8")
+"""Tried by default; those that no step of the chain uses are left out of the pack."""
+
+CALIBRATED_FORMS = {"dropped", *SHARING}
+"""Forms that say nothing without calibration text."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What to make. Without `texts` nothing is calibrated: no shared experts, plain rounding, no chain.
+
+    `shared` says whether the chain may let experts share blobs; None: whichever loses less, measured. The rest is there
+    to be left out by who compares: without `compensated` weights are rounded to nearest, without `certified` no step
+    has a certificate.
+    """
+
+    forms: tuple[str, ...] = DEFAULT_FORMS
+    texts: tuple[Text, ...] = ()
+    num_tokens: int = 16384
+    self_contained: bool = False
+    seed: int = 0
+    threads: int | None = None
+    sharing: Sharing = AS_MEASURED
+    shared: bool | None = None
+    compensated: bool = True
+    certified: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What was made, and what it took; the keys of the contract."""
+
+    model_type: str
+    layers: int
+    experts_per_layer: int
+    expert_bytes_bf16: int
+    pack_bytes: int
+    forms: tuple[str, ...]
+    seconds: float
+    estimated_seconds: float
+    peak_bytes: int
