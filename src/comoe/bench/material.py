@@ -52,13 +52,13 @@ class Material:
         return blake3(json.dumps([self.valid, texts, self.items]).encode()).hexdigest()
 
 
-def read_material(shared: Path, scope: Scope) -> Material:
-    """What `scope` asks for; a few domains lie spread over all. Raises UsageError."""
+def read_material(shared: Path, domains: int | None, items: int | None) -> Material:
+    """Texts of so many domains, spread over all, and of each so many tasks; None: all. Raises UsageError."""
     corpus = shared / "data" / "corpus"
     valid = valid_texts(corpus, None)
-    if scope.domains is not None:
-        valid = dict(list(valid.items())[:: max(1, len(valid) // scope.domains)][: scope.domains])
-    items = chunk_items(shared)
-    by_domain = [[item for item in items if item.domain == name][: scope.items] for name in valid]
+    if domains is not None:
+        valid = dict(list(valid.items())[:: max(1, len(valid) // domains)][:domains])
+    tasks = chunk_items(shared)
+    by_domain = [[item for item in tasks if item.domain == name][:items] for name in valid]
     calibration = texts_of([corpus / f"{name}.calib.txt" for name in valid])
     return Material(shared, valid, calibration, tuple(item for found in by_domain for item in found))

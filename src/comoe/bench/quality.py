@@ -36,7 +36,7 @@ def run(models: Path, shared: Path, *, quick: bool, out: Path | None, progress: 
     as JSON and as a page. Raises UsageError.
     """
     scope = QUICK if quick else FULL
-    material = read_material(shared, scope)
+    material = read_material(shared, scope.domains, scope.items)
     with ExitStack() as stack:
         folder = out or Path(stack.enter_context(TemporaryDirectory(prefix="comoe-bench-")))
         folder.mkdir(parents=True, exist_ok=True)

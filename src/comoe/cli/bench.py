@@ -1,6 +1,7 @@
 """`comoe bench`: the published tables, made again here."""
 
 import os
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +11,11 @@ from comoe.cli.options import Json, Threads, switch
 from comoe.cli.terminal import print_json, progress_bar
 from comoe.types import UsageError
 
-BENCHMARKS = ("quality",)
+BENCHMARKS = {
+    "ladder": ("comoe.bench.ladder", "comoe.bench.ladder_page"),
+    "quality": ("comoe.bench.quality", "comoe.bench.figures"),
+}
+"""Where each benchmark runs (`run`) and is written down (`page`)."""
 
 
 def command(
@@ -30,17 +35,16 @@ def command(
     """
     if name not in BENCHMARKS:
         raise UsageError(f"there is no benchmark {name!r}: choose from {', '.join(BENCHMARKS)}.")
-    from comoe.bench.figures import page
-    from comoe.bench.quality import run
     from comoe.runtime.generate import quiet_transformers
     from comoe.runtime.threads import use_threads
 
+    runner, writer = map(import_module, BENCHMARKS[name])
     quiet_transformers()
     use_threads(threads)
     shared = Path(os.environ.get("COMOE_SHARED") or "../shared")
     with progress_bar() as progress:
-        document = run(models or shared / "models", shared, quick=quick, out=out, progress=progress)
+        document = runner.run(models or shared / "models", shared, quick=quick, out=out, progress=progress)
     if json:
         print_json(document)
     else:
-        print(page(document))
+        print(writer.page(document))

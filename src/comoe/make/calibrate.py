@@ -3,7 +3,7 @@
 The pass runs before anything is packed, straight from the checkpoint; memory is one expert and the activations.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,9 @@ from comoe.make.text import token_ids, windows
 from comoe.runtime.hook import attach, expert_forward
 from comoe.store.checkpoint import Checkpoint, model_class
 from comoe.types import UsageError
+
+HELD_OUT = 4
+"""One window in so many is kept from fitting, to measure errors and to certify on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +137,16 @@ def cut(tokenizer: Any, texts: Sequence[Text], length: int, num_tokens: int) -> 
     if short:
         raise UsageError(f"calibration text {short[0]!r} is shorter than two windows of {length} tokens: give more.")
     return found
+
+
+def fitted(windows: Mapping[str, list[list[int]]]) -> list[list[int]]:
+    """The windows that forms are fitted to."""
+    return [window for domain in windows.values() for at, window in enumerate(domain) if at % HELD_OUT]
+
+
+def held_out(windows: Mapping[str, list[list[int]]]) -> dict[str, list[list[int]]]:
+    """The windows that errors and losses are measured on."""
+    return {name: domain[::HELD_OUT] for name, domain in windows.items()}
 
 
 def texts_of(paths: Sequence[Path]) -> tuple[Text, ...]:

@@ -1,6 +1,6 @@
 """The chain of a pack, from the errors that its layers measured; and which forms are worth their place in it."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 import numpy as np
@@ -16,24 +16,26 @@ SHARES = (
 )
 """Of the experts' bytes as bf16, the sizes of the steps below exact; two steps may turn out the same."""
 
-PROBED = (0.06, 0.1, 0.16)
-"""Sizes at which chains with and without shared experts are compared."""
+PROBED = (0.04, 0.06, 0.08, 0.11, 0.16, 0.25)
+"""Sizes at which steps with and without shared experts are compared."""
+
+WORTH = 0.95
+"""Shared experts must lose less than this times what steps without them do: below lies noise."""
 
 Certify = Callable[[Manifest], Mapping[str, Certificate]]
 
-LEAST_LOSS = 1e-4
-"""Losses are compared as ratios, and below this they are noise."""
 
+def chain(manifest: Manifest, shared_up_to: float, shares: Sequence[float] = SHARES) -> tuple[ChainStep, ...]:
+    """Steps without certificates, coarse to exact; none where no form's error was measured.
 
-def chain(manifest: Manifest, *, sharing: bool, shares: Sequence[float] = SHARES) -> tuple[ChainStep, ...]:
-    """Steps without certificates, coarse to exact; none where no form's error was measured."""
+    Experts share blobs in steps of at most `shared_up_to` of the experts' bytes.
+    """
     choices = choices_of(manifest)
     if choices is None:
         return ()
-    choices = choices if sharing else choices.without_shared()
     whole = manifest.expert_bytes_bf16
     steps: dict[str, ChainStep] = {}
-    for assignment in sweep(choices, [int(share * whole) for share in shares]):
+    for assignment in sweep(choices, [int(share * whole) for share in shares], shared_up_to * whole):
         name = f"{100 * choices.nbytes(assignment) / whole:.3g}%"
         forms = [manifest.forms.index(choices.candidates[at].form) for at in assignment]
         steps[name] = _step(manifest, name, forms)
@@ -59,8 +61,10 @@ def with_chain(manifest: Manifest, certify: Certify | None, *, shared: bool | No
     `shared` is whether experts may share blobs; None: if that loses less, measured. `pruned`: without unused forms.
     """
     if shared is None:
-        shared = certify is not None and _is_sharing_better(manifest, certify)
-    manifest = msgspec.structs.replace(manifest, chain=chain(manifest, sharing=shared))
+        up_to = _shared_up_to(manifest, certify) if certify is not None else 0.0
+    else:
+        up_to = np.inf if shared else 0.0
+    manifest = msgspec.structs.replace(manifest, chain=chain(manifest, up_to))
     if pruned and manifest.chain:
         manifest = restricted(manifest, used_forms(manifest.chain, manifest.forms))
     if certify is None or not manifest.chain:
@@ -70,15 +74,29 @@ def with_chain(manifest: Manifest, certify: Certify | None, *, shared: bool | No
     return msgspec.structs.replace(manifest, chain=steps)
 
 
-def _is_sharing_better(manifest: Manifest, certify: Certify) -> bool:
-    """Whether chains in which experts share blobs lose less, in the geometric mean over a few sizes."""
-    if not {*SHARING} & {*manifest.forms}:
-        return False
-    chains = [chain(manifest, sharing=sharing, shares=PROBED) for sharing in (True, False)]
-    if chains[0] == chains[1] or not all(chains):
-        return False
-    with_shared, without = (certify(msgspec.structs.replace(manifest, chain=steps)) for steps in chains)
-    return _log_mean(with_shared.values()) < _log_mean(without.values())
+def _shared_up_to(manifest: Manifest, certify: Certify) -> float:
+    """Up to which share of the experts' bytes a step loses less where experts share blobs: infinite for all.
+
+    Local errors do not tell: that of an average looks small and is not. So steps of a few sizes are certified.
+    """
+    if not {*SHARING} & {*manifest.forms} or choices_of(manifest) is None:
+        return 0.0
+    losses = [_probed(manifest, up_to, certify) for up_to in (np.inf, 0.0)]
+    won = [size for size in PROBED if losses[0].get(size, np.inf) < WORTH * losses[1].get(size, np.inf)]
+    if not won:
+        return 0.0
+    following = [size for size in PROBED if size > max(won)]
+    return float(np.sqrt(max(won) * following[0])) if following else np.inf
+
+
+def _probed(manifest: Manifest, up_to: float, certify: Certify) -> dict[float, float]:
+    """The loss of the step at every probed size."""
+    steps = chain(manifest, up_to, PROBED)
+    found = certify(msgspec.structs.replace(manifest, chain=steps))
+    manifest = msgspec.structs.replace(manifest, chain=steps)
+    sizes = {name: manifest.form_bytes(name) / manifest.expert_bytes_bf16 for name in found}
+    within = {size: [name for name, share in sizes.items() if share <= size] for size in PROBED}
+    return {size: found[max(names, key=sizes.__getitem__)].loss for size, names in within.items() if names}
 
 
 def used_forms(steps: Sequence[ChainStep], forms: Sequence[str]) -> tuple[str, ...]:
@@ -142,7 +160,3 @@ def _clusters(manifest: Manifest) -> tuple[Indices, Array]:
         if SHARED_PART in layer.parts:
             sizes += [float(layer.parts[SHARED_PART].nbytes)] * layer.parts[SHARED_PART].rows
     return np.array(numbers, np.int64), np.array(sizes)
-
-
-def _log_mean(certificates: Iterable[Certificate]) -> float:
-    return float(np.mean([np.log(max(found.loss, LEAST_LOSS)) for found in certificates]))

@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from errno import EDQUOT, ENOSPC
 from functools import cached_property, partial
 from importlib.metadata import version
@@ -23,7 +24,7 @@ from blake3 import blake3
 from torch import Tensor
 
 from comoe.device import process
-from comoe.make.calibrate import LayerInputs, check_calibratable, cut, record, recorded
+from comoe.make.calibrate import LayerInputs, check_calibratable, cut, fitted, held_out, record, recorded
 from comoe.make.certify import Windows, certify
 from comoe.make.chain import with_chain
 from comoe.make.dense import dense_entry
@@ -62,8 +63,8 @@ from comoe.store.pack import Pack, file_hash, header_hash, source_entry
 from comoe.types import CheckpointError, ComoeError, Progress, StorageFull, UsageError
 from comoe.units import format_seconds, format_size
 
-HELD_OUT = 4
-"""One window in so many is kept from calibration, to certify on."""
+INPUTS, JUDGED = "inputs", "judged"
+"""Folders of what layers see: of the text that forms are fitted to, and of that which is held out."""
 
 MIN_HELD_OUT = 4
 """With fewer windows an interval says nothing, and there is no certificate: no plan will use a form without one."""
@@ -251,13 +252,16 @@ class Packer:
             return False
         done = self._work / "calibrated"
         if not done.exists():
-            evaluation = self._evaluation
-            windows = [w for domain in self._windows.values() for at, w in enumerate(domain) if at % HELD_OUT]
-            batches = [windows[at : at + BATCH_WINDOWS] for at in range(0, len(windows), BATCH_WINDOWS)]
-            for count in record(evaluation.model, self._checkpoint, batches, evaluation, self._work / "inputs"):
-                self._progress("calibration", 0.2 * count / len(batches))
+            self._record(fitted(self._windows), INPUTS, 0.0, 0.15)
+            self._record([w for found in held_out(self._windows).values() for w in found], JUDGED, 0.15, 0.2)
             done.touch()
         return True
+
+    def _record(self, windows: list[list[int]], name: str, start: float, end: float) -> None:
+        evaluation = self._evaluation
+        batches = [windows[at : at + BATCH_WINDOWS] for at in range(0, len(windows), BATCH_WINDOWS)]
+        for count in record(evaluation.model, self._checkpoint, batches, evaluation, self._work / name):
+            self._progress("calibration", start + (end - start) * count / len(batches))
 
     @cached_property
     def _model(self) -> Any:
@@ -276,8 +280,8 @@ class Packer:
         evaluation = Evaluation.for_model(self._blank, tokenizer_of(self._checkpoint.folder))
         return cut(evaluation.tokenizer, self._recipe.texts, evaluation.window_length, self._recipe.num_tokens)
 
-    def _inputs(self, layer: int) -> LayerInputs:
-        return recorded(self._work / "inputs", layer)
+    def _recorded(self, name: str, layer: int) -> LayerInputs:
+        return recorded(self._work / name, layer)
 
     def _layers(self, calibrated: bool) -> tuple[LayerEntry, ...]:
         entries = []
@@ -286,8 +290,10 @@ class Packer:
             self._progress(f"layer {index + 1} of {len(sites)}", 0.2 + 0.6 * index / len(sites))
             done = self._entry(index)
             if not done.exists():
-                inputs = self._inputs(index) if calibrated else None
-                layer = Layer(self._checkpoint, index, module, inputs, self._folder, self._recipe.compensated)
+                layer = Layer(self._checkpoint, index, module, None, self._folder)
+                if calibrated:
+                    inputs, judged = (self._recorded(name, index) for name in (INPUTS, JUDGED))
+                    layer = replace(layer, inputs=inputs, judged=judged, compensated=self._recipe.compensated)
                 entry = build(layer, self._forms, self._recipe.sharing, self_contained=self._recipe.self_contained)
                 self._write(f"work/{done.name}", encode(entry))
             entries.append(decode(done.read_bytes(), LayerEntry, done))
@@ -329,17 +335,18 @@ class Packer:
         return list(self._folder.glob("[0-9][0-9][0-9]-*.safetensors"))
 
     def _gate_quantiles(self) -> tuple[float, ...]:
-        gates: list[Tensor] = [self._inputs(layer).gate.abs().flatten() for layer in range(len(self._checkpoint.sites))]
+        layers = range(len(self._checkpoint.sites))
+        gates: list[Tensor] = [self._recorded(INPUTS, layer).gate.abs().flatten() for layer in layers]
         return tuple(np.quantile(torch.cat(gates).numpy(), np.linspace(0, 1, 11)).tolist())
 
     def _with_chain(self, manifest: Manifest) -> Manifest:
         """The manifest with its chain, certified where there is text enough; forms that it does not use are left out
         where nobody named them."""
-        held_out = {name: domain[::HELD_OUT] for name, domain in self._windows.items()}
+        text = held_out(self._windows)
         for name in ("_model", "_evaluation"):
             self.__dict__.pop(name, None)
-        enough = self._recipe.certified and sum(map(len, held_out.values())) >= MIN_HELD_OUT
-        certify = partial(self._certify, held_out) if enough else None
+        enough = self._recipe.certified and sum(map(len, text.values())) >= MIN_HELD_OUT
+        certify = partial(self._certify, text) if enough else None
         pruned = self._recipe.forms == DEFAULT_FORMS
         return with_chain(manifest, certify, shared=self._recipe.shared, pruned=pruned)
 

@@ -65,7 +65,8 @@ class Shared:
         writers = {form: layer.writer(FORM_PARTS[form][-1], layer.site.num_experts) for form in wanted}
         for index, cluster in enumerate(self.clusters):
             study = layer.study(index)
-            errors.add(study, "merged", [blobs[cluster]])
+            if "merged" in forms:
+                errors.add(study, "merged", [blobs[cluster]])
             lacking = self._lacking(study, blobs[cluster]) if wanted else study
             for form, writer in writers.items():
                 delta = DELTAS[form](lacking)

@@ -37,9 +37,10 @@ Quantiser = Callable[..., Planes]
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """Where a layer's experts come from and go to. `inputs` is None without calibration.
+    """Where a layer's experts come from and go to.
 
-    Without `compensated` weights are rounded to nearest all the same.
+    `inputs` are what it saw of the text that forms are fitted to, `judged` of text that none is: both None without
+    calibration. Without `compensated` weights are rounded to nearest all the same.
     """
 
     checkpoint: Checkpoint
@@ -47,6 +48,7 @@ class Layer:
     module: Any
     inputs: LayerInputs | None
     folder: Path
+    judged: LayerInputs | None = None
     compensated: bool = True
 
     @property
@@ -97,9 +99,17 @@ class Study:
         return inputs.of(self.index)
 
     @cached_property
+    def judged(self) -> tuple[Tensor, Tensor]:
+        """(inputs (T, H), gates (T,)) that errors are measured on: of text that nothing was fitted to, if any."""
+        judged = self.layer.judged
+        x, gate = judged.of(self.index) if judged is not None else self.seen
+        x, gate = (x, gate) if len(x) else self.seen
+        return x[:ERROR_TOKENS], gate[:ERROR_TOKENS]
+
+    @cached_property
     def outputs(self) -> Tensor:
-        """What it puts out (T, H) on the first of its calibration tokens."""
-        return self.layer.run(self.seen[0][:ERROR_TOKENS], self.tensors)
+        """What it puts out (T, H) on those tokens."""
+        return self.layer.run(self.judged[0], self.tensors)
 
     @cached_property
     def grams(self) -> dict[str, Gram]:
@@ -112,17 +122,17 @@ class Study:
 
     @property
     def energy(self) -> float | None:
-        """Squared outputs on all its tokens, weighted by squared gates, told from the first; None where it saw none."""
-        gate = self.seen[1].abs().double() ** 2
-        if not len(gate):
+        """Squared outputs on all that it saw, weighted by squared gates, told from some; None where it saw nothing."""
+        judged = self.judged[1].double() ** 2
+        if not len(judged):
             return None
-        first = gate[:ERROR_TOKENS]
-        mean = (first * self.outputs.double().square().sum(1)).sum() / first.sum().clamp(min=1e-30)
-        return float(mean * gate.sum())
+        mean = (judged * self.outputs.double().square().sum(1)).sum() / judged.sum().clamp(min=1e-30)
+        used = self.seen[1] if len(self.seen[1]) else self.judged[1]
+        return float(mean * (used.double() ** 2).sum())
 
     def error(self, form: str, blobs: Sequence[bytes]) -> float | None:
         """Squared error of a form over squared outputs, weighted by squared gates; None where it saw nothing."""
-        x, gate = (tensor[:ERROR_TOKENS] for tensor in self.seen)
+        x, gate = self.judged
         if not len(x):
             return None
         maths = SiteMath(self.layer.module, self.layer.site, torch.float32)

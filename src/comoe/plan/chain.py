@@ -44,11 +44,6 @@ class Choices:
     cluster: Indices
     shared_nbytes: Array
 
-    def without_shared(self) -> "Choices":
-        """The same, but for candidates that need shared blobs."""
-        own = tuple(candidate for candidate in self.candidates if not candidate.shared)
-        return Choices(own, np.empty(0, np.int64), np.empty(0))
-
     def nbytes(self, assignment: Indices) -> int:
         """Bytes of all blobs of an assignment (N,) of indices into `candidates`, shared ones once."""
         own = _picked(np.stack([candidate.nbytes for candidate in self.candidates]), assignment).sum()
@@ -57,12 +52,17 @@ class Choices:
     def error(self, assignment: Indices) -> float:
         return float(_picked(np.stack([candidate.errors for candidate in self.candidates]), assignment).sum())
 
-    def best(self, per_byte: float) -> Indices:
-        """The assignment of least error + `per_byte` x bytes. Exact: clusters do not depend on each other."""
+    def best(self, per_byte: float, finest: Indices | None = None, *, sharing: bool = True) -> Indices:
+        """The assignment of least error + `per_byte` x bytes. Exact: clusters do not depend on each other.
+
+        No expert is finer than in the assignment `finest`; without `sharing` none needs a shared blob.
+        """
         prices = np.stack([candidate.errors + per_byte * candidate.nbytes for candidate in self.candidates])
+        if finest is not None:
+            prices[np.arange(len(prices))[:, None] > finest] = np.inf
         own = np.array([not candidate.shared for candidate in self.candidates])
         alone = np.where(own[:, None], prices, np.inf).argmin(0)
-        if not len(self.shared_nbytes):
+        if not (sharing and len(self.shared_nbytes)):
             return np.asarray(alone)
         together = prices.argmin(0)
         saved = _picked(prices, alone) - _picked(prices, together)
@@ -78,32 +78,29 @@ class Choices:
         return found
 
 
-def sweep(choices: Choices, budgets: Sequence[int]) -> list[Indices]:
+def sweep(choices: Choices, budgets: Sequence[int], shared_up_to: float = np.inf) -> list[Indices]:
     """The best assignment within each of `budgets`, ascending; a coarser step has no expert in a finer form.
 
-    Budgets that give the same assignment give one step; those that nothing fits give none.
+    Blobs are shared within budgets up to `shared_up_to`. Budgets that give the same assignment give one step; those
+    that nothing fits give none.
     """
     steps: list[Indices] = []
     for budget in sorted(budgets, reverse=True):
-        found = _within(choices, budget)
-        if found is None:
-            continue
-        if steps:
-            found = np.minimum(found, steps[-1])
-        if not steps or not np.array_equal(found, steps[-1]):
+        found = within(choices, budget, steps[-1] if steps else None, sharing=budget <= shared_up_to)
+        if found is not None and (not steps or not np.array_equal(found, steps[-1])):
             steps.append(found)
     return steps[::-1]
 
 
-def _within(choices: Choices, budget: int) -> Indices | None:
-    """The best assignment that the sweep over multipliers meets within `budget` bytes."""
+def within(choices: Choices, budget: int, finest: Indices | None = None, *, sharing: bool = True) -> Indices | None:
+    """The best assignment that the sweep over multipliers meets within `budget` bytes, none finer than `finest`."""
     low, high = 0.0, MOST_PER_BYTE / max(budget, 1)
-    found = choices.best(high)
+    found = choices.best(high, finest, sharing=sharing)
     if choices.nbytes(found) > budget:
         return None
     for _ in range(HALVINGS):
         middle = np.sqrt(max(low, high * 1e-12) * high)
-        tried = choices.best(middle)
+        tried = choices.best(middle, finest, sharing=sharing)
         if choices.nbytes(tried) > budget:
             low = middle
         else:

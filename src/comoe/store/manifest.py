@@ -192,6 +192,12 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise KeyError(name)
         return tuple((name,) * layer.num_experts for layer in self.layers)
 
+    def form_bytes(self, name: str) -> int:
+        """Bytes of all blobs that a form or a step of the chain needs, shared ones once."""
+        forms = (form for layer in self.assignment(name) for form in layer)
+        blobs = {blob for expert, form in zip(self.expert_ids, forms, strict=True) for blob in self.blobs(expert, form)}
+        return sum(self.layers[blob.layer].parts[blob.part].nbytes for blob in blobs)
+
     @property
     def expert_bytes_bf16(self) -> int:
         """Bytes of all experts as bf16: what percentages of expert memory are of."""

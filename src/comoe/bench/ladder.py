@@ -1,0 +1,266 @@
+"""`comoe bench ladder`: what comoe's chain and published methods make of a model's experts, at equal bytes.
+
+All experts are resident, nothing is streamed; every row is scored by the evaluation protocol with transformers' own
+arithmetic. Ablations leave out one ingredient of the chain at a time.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from time import perf_counter
+from typing import Any
+
+import torch
+from blake3 import blake3
+
+from comoe.bench.bank import Approximation, Bank, Windows
+from comoe.bench.ladder_page import figures, page
+from comoe.bench.material import Material, read_material
+from comoe.bench.published import METHODS
+from comoe.bench.quality import checkpoints
+from comoe.bench.rows import Job, Row, RowFile, collect
+from comoe.bench.upcycled import NAME as UPCYCLED
+from comoe.bench.upcycled import make_upcycled
+from comoe.device.machine import machine
+from comoe.make.calibrate import cut, fitted
+from comoe.make.pack import BATCH_WINDOWS, pack
+from comoe.make.protocol import DecoderEvaluation, EncoderDecoderEvaluation
+from comoe.make.recipe import DEFAULT_FORMS, Recipe
+from comoe.make.score import Score
+from comoe.make.shared import SHARING, Sharing
+from comoe.make.study import arrays
+from comoe.make.text import windows
+from comoe.runtime.experts import SiteMath
+from comoe.runtime.generate import tokenizer_of
+from comoe.store.checkpoint import read_config
+from comoe.store.manifest import Manifest
+from comoe.store.pack import Pack
+from comoe.types import BlobId, ExpertId, Progress
+
+NAME = "ladder"
+OURS = "comoe"
+
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """How much is measured. `windows` are of each domain; `domains` None: all there are."""
+
+    domains: int | None
+    windows: int
+    calibration_tokens: int
+    shares: tuple[float, ...]
+    ablated_shares: tuple[float, ...]
+    upcycled: bool
+
+
+FULL = Scope(None, 48, 49152, (0.55, 0.3, 0.16, 0.08), (0.16, 0.08), upcycled=True)
+QUICK = Scope(2, 4, 5120, (0.16,), (), upcycled=False)
+
+OWN = tuple(form for form in DEFAULT_FORMS if form not in SHARING)
+ABLATIONS: dict[str, Callable[[Recipe], Recipe]] = {
+    "own forms only": lambda recipe: replace(recipe, forms=OWN),
+    "own forms only, no dropping": lambda recipe: replace(recipe, forms=OWN[1:]),
+    "no error compensation": lambda recipe: replace(recipe, compensated=False),
+    "shared forms too": lambda recipe: replace(recipe, shared=True),
+    "shared, no distillation": lambda recipe: replace(recipe, shared=True, sharing=Sharing(distil_steps=0)),
+    "shared, no alignment": lambda recipe: replace(recipe, shared=True, sharing=Sharing(aligned=False)),
+    "shared, no merged form": lambda recipe: replace(recipe, shared=True, forms=_without("merged")),
+    "shared, no residual": lambda recipe: replace(recipe, shared=True, forms=_without("lowrank", "residual")),
+}
+"""Variants of the recipe. Forms that use a merged expert need it made, so `merged` is left out of the chain alone."""
+
+
+def _without(*forms: str) -> tuple[str, ...]:
+    return tuple(form for form in DEFAULT_FORMS if form not in forms)
+
+
+class Contest:
+    """One model: what methods are given, what they are scored on, and comoe's packs of it."""
+
+    def __init__(self, folder: Path, material: Material, scope: Scope, work: Path) -> None:
+        self.folder, self._material, self._scope, self._work = folder, material, scope, work
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @cached_property
+    def hash(self) -> str:
+        """BLAKE3 of every file of the checkpoint."""
+        files = [path for path in sorted(self.folder.iterdir()) if path.is_file()]
+        return blake3(repr([(path.name, blake3(path.read_bytes()).hexdigest()) for path in files]).encode()).hexdigest()
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        return Recipe(texts=self._material.calibration, num_tokens=self._scope.calibration_tokens)
+
+    @cached_property
+    def bank(self) -> Bank:
+        tokenizer = tokenizer_of(self.folder)
+        text = cut(tokenizer, self.recipe.texts, self._window_length, self.recipe.num_tokens)
+        chosen = fitted(text)
+        batches = [chosen[at : at + BATCH_WINDOWS] for at in range(0, len(chosen), BATCH_WINDOWS)]
+        return Bank(self.folder, tokenizer, batches, self._work / f"{self.name}.inputs")
+
+    @cached_property
+    def windows(self) -> Windows:
+        """What is scored: the validation text of every domain."""
+        tokenizer, number = tokenizer_of(self.folder), self._scope.windows
+        return {
+            name: windows(tokenizer, text, self._window_length, number) for name, text in self._material.valid.items()
+        }
+
+    def pack(self, recipe: Recipe) -> Pack:
+        """The pack of a recipe, made now or found."""
+        key = blake3(repr((self.hash, recipe)).encode()).hexdigest()[:16]
+        target = self._work / f"{self.name}-{key}"
+        if not target.exists():
+            pack(self.folder, target, recipe, lambda step, done: None)
+        return Pack(target)
+
+    @property
+    def _window_length(self) -> int:
+        encodes = read_config(self.folder).is_encoder_decoder
+        return (EncoderDecoderEvaluation if encodes else DecoderEvaluation).window_length
+
+
+def run(models: Path, shared: Path, *, quick: bool, out: Path | None, progress: Progress) -> dict[str, Any]:
+    """The benchmark's document, of every model in a folder of `models` and of one that is upcycled here.
+
+    In `out`, finished rows are kept and gone on with, as are packs and the upcycled model. Raises UsageError.
+    """
+    scope = QUICK if quick else FULL
+    material = read_material(shared, scope.domains, items=0)
+    with ExitStack() as stack:
+        folder = out or Path(stack.enter_context(TemporaryDirectory(prefix="comoe-bench-")))
+        work = folder / "work"
+        work.mkdir(parents=True, exist_ok=True)
+        folders = checkpoints(models)
+        if scope.upcycled:
+            folders.append(_upcycled(folders, shared, work, progress))
+        contests = [Contest(found, material, scope, work) for found in folders]
+        settings = _settings(scope, material, quick=quick)
+        jobs = [job for contest in contests for job in _jobs(contest, scope, settings)]
+        rows = collect(jobs, RowFile(folder / f"{NAME}.rows.jsonl"), progress)
+        document = {
+            "name": NAME,
+            "machine": machine(),
+            "settings": settings,
+            "models": {contest.name: contest.hash for contest in contests},
+            **figures(rows),
+        }
+        (folder / f"{NAME}.json").write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", "utf-8")
+        (folder / f"{NAME}.md").write_text(page(document), "utf-8")
+    return document
+
+
+def _upcycled(folders: list[Path], shared: Path, work: Path, progress: Progress) -> Path:
+    """The upcycled model, trained now or found."""
+    target = work / UPCYCLED
+    if not target.exists():
+        source = next(found for found in folders if "qwen3" in found.name)
+        texts = sorted((shared / "data" / "corpus").glob("*.calib.txt"))
+        make_upcycled(source, texts, target, progress)
+    return target
+
+
+def _settings(scope: Scope, material: Material, *, quick: bool) -> dict[str, Any]:
+    """What all rows depend on, beside their model."""
+    return {
+        "comoe": version("comoe"),
+        "quick": quick,
+        "domains": list(material.valid),
+        "windows_per_domain": scope.windows,
+        "calibration_tokens": scope.calibration_tokens,
+        "threads": torch.get_num_threads(),
+        "texts": material.hash,
+    }
+
+
+def _jobs(contest: Contest, scope: Scope, settings: dict[str, Any]) -> Iterator[Job]:
+    depends = {"model": contest.hash, **settings}
+    named = {"model": contest.name}
+    yield Job({"kind": "exact", **named}, depends, partial(_exact_row, contest))
+    for share in scope.shares:
+        measure = partial(_our_row, contest, contest.recipe, share)
+        yield Job({"kind": OURS, **named, "method": OURS, "share": share}, depends, measure)
+        for method in METHODS:
+            measure = partial(_published_row, contest, method, share)
+            yield Job({"kind": "published", **named, "method": method, "share": share}, depends, measure)
+    for name, change in ABLATIONS.items():
+        for share in scope.ablated_shares:
+            recipe = replace(change(contest.recipe), certified=False)
+            measure = partial(_our_row, contest, recipe, share)
+            yield Job({"kind": "ablation", **named, "method": name, "share": share}, depends, measure)
+
+
+def _exact_row(contest: Contest) -> Row:
+    return {"bytes": contest.bank.nbytes, **_scored(contest.bank.nats(None, contest.windows))}
+
+
+def _published_row(contest: Contest, method: str, share: float) -> Row:
+    start_s = perf_counter()
+    made = METHODS[method](contest.bank, share)
+    seconds = perf_counter() - start_s
+    if made is None:
+        return {"reaches": False}
+    score = contest.bank.nats(made, contest.windows)
+    return {"reaches": True, "bytes": made.nbytes, "seconds": seconds, **_scored(score)}
+
+
+def _our_row(contest: Contest, recipe: Recipe, share: float) -> Row:
+    opened = contest.pack(recipe)
+    made, name = step_within(opened, contest.bank, share)
+    score = contest.bank.nats(made, contest.windows)
+    step = next(found for found in opened.manifest.chain if found.name == name)
+    predicted = step.certificate.loss if step.certificate else None
+    forms = _form_shares(opened.manifest, name)
+    opened.close()
+    return {"reaches": True, "bytes": made.nbytes, "step": name, "resident_bytes": step.resident_bytes, "forms": forms,
+            "certified_loss": predicted, **_scored(score)}  # fmt: skip
+
+
+def step_within(opened: Pack, bank: Bank, share: float) -> tuple[Approximation, str]:
+    """The finest step of a pack's chain within `share` of the experts' bytes, as weights; and its name."""
+    manifest = opened.manifest
+    sizes = {step.name: manifest.form_bytes(step.name) for step in manifest.chain}
+    name = max((name for name, nbytes in sizes.items() if nbytes <= share * bank.nbytes), key=sizes.__getitem__)
+    assignment = manifest.assignment(name)
+    weights = [_layer_weights(opened, bank, at, forms) for at, forms in enumerate(assignment)]
+    return Approximation(weights, sizes[name]), name
+
+
+def _layer_weights(opened: Pack, bank: Bank, layer: int, forms: tuple[str, ...]) -> list[dict[str, torch.Tensor]]:
+    studied = bank.layers[layer]
+    maths = SiteMath(studied.module, studied.site, torch.float32)
+    found = []
+    for index, form in enumerate(forms):
+        if form == "dropped":
+            found.append({name: torch.zeros_like(tensor) for name, tensor in bank.experts[layer][index].items()})
+            continue
+        blobs = [_read(opened, blob) for blob in opened.manifest.blobs(ExpertId(layer, index), form)]
+        found.append({name: tensor.clone() for name, tensor in maths.tensors(form, arrays(blobs)).items()})
+    return found
+
+
+def _read(opened: Pack, blob: BlobId) -> bytes:
+    into = bytearray(opened.nbytes(blob))
+    opened.read(blob, memoryview(into))
+    return bytes(into)
+
+
+def _form_shares(manifest: Manifest, step: str) -> dict[str, float]:
+    """Share of experts by form."""
+    forms = [form for layer in manifest.assignment(step) for form in layer]
+    return {form: forms.count(form) / len(forms) for form in manifest.forms if form in forms}
+
+
+def _scored(score: Score) -> Row:
+    """Nats, and those of every window, which stay in the file of rows."""
+    windows_of = {name: {"nats": d.nats.tolist(), "tokens": d.tokens.tolist()} for name, d in score.domains.items()}
+    return {"nats": score.mean, "windows": windows_of}

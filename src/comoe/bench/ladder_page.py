@@ -1,0 +1,117 @@
+"""From the ladder benchmark's rows to its figures: losses, who is best where, targets; and a page to read. Pure."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from comoe.bench.rows import Row
+from comoe.make.score import DomainScore, Score, compare
+
+RAW = "windows"
+TARGETS = {0.3: 0.001, 0.16: 0.02, 0.08: 0.1}
+"""Losses to keep to at shares of the experts' bytes."""
+
+WORST_OVER_MEAN = 2.0
+"""What a worst domain may lose, in units of the mean."""
+
+
+def figures(rows: Sequence[Row]) -> dict[str, Any]:
+    """The document's figures and its rows without raw columns.
+
+    `worst_excess_over_target` is the largest loss above its target, of comoe's in all cells; `beaten_by` the published
+    rows that lose less than comoe's chain at the same share, with an interval of the paired difference above 0.
+    """
+    exact = {row["model"]: _score(row) for row in rows if row["kind"] == "exact"}
+    scores = {_key(row): _score(row) for row in rows if row.get("reaches")}
+    shown = [_finished(row, exact[row["model"]]) for row in rows]
+    ours = [row for row in shown if row["kind"] == "comoe"]
+    beaten = []
+    for row in shown:
+        if row["kind"] == "published" and row["reaches"]:
+            against = scores["comoe", row["model"], "comoe", row["share"]]
+            gain = compare(against, scores[_key(row)])
+            row |= {"comoe_over_it": gain.mean, "comoe_over_it_ci95": list(gain.ci95)}
+            if gain.ci95[0] > 0:
+                beaten.append({key: row[key] for key in ("model", "method", "share", "bytes", "comoe_over_it")})
+    excess = [row["loss"] - TARGETS[row["share"]] for row in ours if row["share"] in TARGETS]
+    return {
+        "worst_excess_over_target": max(excess, default=None),
+        "over_target": [_cell(row) for row in ours if row["loss"] > TARGETS.get(row["share"], np.inf)],
+        "worst_domain_over_twice_mean": [_cell(row) for row in ours if _is_uneven(row)],
+        "beaten_by": beaten,
+        "rows": shown,
+    }
+
+
+def _key(row: Row) -> tuple[str, str, str, float]:
+    return row["kind"], row["model"], row["method"], row["share"]
+
+
+def _cell(row: Row) -> Row:
+    return {key: row[key] for key in ("model", "share", "loss", "loss_ci95", "loss_worst_domain", "worst_domain")}
+
+
+def _is_uneven(row: Row) -> bool:
+    """Whether a worst domain loses more than twice the mean, its interval included."""
+    return bool(row["loss_worst_domain_ci95"][0] > WORST_OVER_MEAN * max(row["loss_ci95"][1], 0.0))
+
+
+def _score(row: Row) -> Score:
+    return Score({name: DomainScore(np.array(d["nats"]), np.array(d["tokens"])) for name, d in row[RAW].items()})
+
+
+def _finished(row: Row, exact: Score) -> Row:
+    shown = {key: value for key, value in row.items() if key != RAW}
+    if row["kind"] == "exact" or not row["reaches"]:
+        return shown
+    loss = compare(_score(row), exact)
+    return shown | {
+        "loss": loss.mean,
+        "loss_ci95": list(loss.ci95),
+        "loss_worst_domain": loss.worst,
+        "loss_worst_domain_ci95": list(loss.worst_ci95),
+        "worst_domain": loss.worst_domain,
+    }
+
+
+def page(document: dict[str, Any]) -> str:
+    """The document as Markdown tables."""
+    return "\n".join(_lines(document)) + "\n"
+
+
+def _lines(document: dict[str, Any]) -> Iterator[str]:
+    machine, settings, rows = document["machine"], document["settings"], document["rows"]
+    yield "# Ladder\n"
+    yield f"Made by `comoe bench ladder` {settings['comoe']} on {machine['cores']} cores of {machine['cpu']}, "
+    yield f"torch {machine['torch']}; {settings['windows_per_domain']} windows in each of {len(settings['domains'])} "
+    yield f"domains, {settings['calibration_tokens']} tokens of calibration text. Loss against the exact model, and "
+    yield "its 95 % interval; nothing is fine-tuned.\n"
+    for model in document["models"]:
+        own = [row for row in rows if row["model"] == model]
+        for title, kinds in (("", ("comoe", "published")), (": ablations", ("ablation",))):
+            found = [row for row in own if row["kind"] in kinds]
+            if found:
+                yield f"## {model}{title}\n"
+                yield from _table(found)
+                yield ""
+
+
+def _table(rows: Sequence[Row]) -> Iterator[str]:
+    shares = sorted({row["share"] for row in rows}, reverse=True)
+    yield "| | " + " | ".join(f"{share:.0%} of bytes" for share in shares) + " |"
+    yield "|---" * (len(shares) + 1) + "|"
+    for method in dict.fromkeys(row["method"] for row in rows):
+        cells = {row["share"]: row for row in rows if row["method"] == method}
+        yield f"| {method} | " + " | ".join(_shown(cells.get(share)) for share in shares) + " |"
+
+
+def _shown(row: Row | None) -> str:
+    if row is None or not row["reaches"]:
+        return "-"
+    low, high = row["loss_ci95"]
+    return f"{_percent(row['loss'])} ({_percent(low)} to {_percent(high)})"
+
+
+def _percent(share: float) -> str:
+    return f"{round(share, 4) + 0.0:.2%}"
