@@ -26,7 +26,7 @@ from comoe.types import CheckpointError, Leaf, Site
 MIN_TOKENS = 64
 """With fewer calibration tokens an expert's weights are rounded to nearest, not compensated."""
 
-ERROR_TOKENS = 128
+ERROR_TOKENS = 256
 """Of an expert's calibration tokens, how many its errors are measured on."""
 
 DOWN = ("down_proj", "wo.weight", "mlp.w2", "output_linear.weight")
@@ -104,7 +104,8 @@ class Study:
         judged = self.layer.judged
         x, gate = judged.of(self.index) if judged is not None else self.seen
         x, gate = (x, gate) if len(x) else self.seen
-        return x[:ERROR_TOKENS], gate[:ERROR_TOKENS]
+        keep = max(1, len(x) // ERROR_TOKENS)  # spread over all domains, which follow each other
+        return x[::keep][:ERROR_TOKENS], gate[::keep][:ERROR_TOKENS]
 
     @cached_property
     def outputs(self) -> Tensor:
