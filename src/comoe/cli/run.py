@@ -36,19 +36,26 @@ INTERACTIVE_CONTEXT = 2048
 
 def command(
     pack: PackPath,
-    prompt: Annotated[str | None, Option("--prompt", "-p", help="Text to go on from.")] = None,
-    prompt_file: Annotated[Path | None, Option(help="The same from a file; - is stdin.")] = None,
+    prompt: Annotated[str | None, Option("--prompt", "-p", metavar="TEXT", help="Text to go on from.")] = None,
+    prompt_file: Annotated[Path | None, Option(metavar="FILE", help="The same from a file; - is stdin.")] = None,
     max_new_tokens: Annotated[
-        int, Option("--max-new-tokens", "-n", envvar="COMOE_MAX_NEW_TOKENS", help="Most tokens to generate.")
+        int,
+        Option("--max-new-tokens", "-n", envvar="COMOE_MAX_NEW_TOKENS", metavar="N", help="Most tokens to generate."),
     ] = 128,
     ignore_eos: Annotated[bool, switch("ignore-eos", "Go on after the end of the text.")] = False,
     temperature: Annotated[
-        float, Option(envvar="COMOE_TEMPERATURE", help="Randomness; 0 always takes the likeliest token.")
+        float, Option(envvar="COMOE_TEMPERATURE", metavar="T", help="Randomness; 0 always takes the likeliest token.")
     ] = 0.0,
-    top_k: Annotated[int, Option(envvar="COMOE_TOP_K", help="Choose among so many likeliest tokens; 0: all.")] = 0,
-    top_p: Annotated[float, Option(envvar="COMOE_TOP_P", help="Choose among the likeliest of this probability.")] = 1.0,
+    top_k: Annotated[
+        int, Option(envvar="COMOE_TOP_K", metavar="N", help="Choose among so many likeliest tokens; 0: all.")
+    ] = 0,
+    top_p: Annotated[
+        float, Option(envvar="COMOE_TOP_P", metavar="P", help="Choose among the likeliest of this probability.")
+    ] = 1.0,
     seed: Seed = 0,
-    stop: Annotated[list[str] | None, Option(help="Stop before this text; may be given several times.")] = None,
+    stop: Annotated[
+        list[str] | None, Option(metavar="TEXT...", help="Stop before this text, or the first of several.")
+    ] = None,
     chat: Annotated[bool, switch("chat", "Frame the prompt by the model's chat template.")] = False,
     memory: Memory = None,
     expert_memory: ExpertMemory = None,
@@ -58,7 +65,9 @@ def command(
     dtype: Dtype = None,
     threads: Threads = None,
     source: Source = None,
-    edge: Annotated[list[str] | None, Option(envvar="COMOE_EDGE", help="URL of an edge node to read from.")] = None,
+    edge: Annotated[
+        list[str] | None, Option(envvar="COMOE_EDGE", metavar="URL...", help="Edge nodes to read from.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Generate text inside a budget.

@@ -19,10 +19,17 @@ def command(
     expert_memory: ExpertMemory = "30%",
     max_loss: MaxLoss = None,
     exact: Exact = False,
-    text: Annotated[list[Path] | None, Option(help="Text to measure on; by default text that comoe ships.")] = None,
+    text: Annotated[
+        list[Path] | None,
+        Option(metavar="FILE...", help="Text to measure on, one file or more; by default what comoe ships."),
+    ] = None,
     source: Annotated[
         Path | None,
-        Option(envvar="COMOE_SOURCE", help="Where the checkpoint is now, if it moved or the pack is self-contained."),
+        Option(
+            envvar="COMOE_SOURCE",
+            metavar="FOLDER",
+            help="Where the checkpoint is now, if it moved or the pack is self-contained.",
+        ),
     ] = None,
     threads: Threads = None,
     json: Json = False,
