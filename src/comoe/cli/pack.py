@@ -8,6 +8,7 @@ from typer import Argument, Option
 
 from comoe.cli.options import Json, Seed, Threads, switch
 from comoe.cli.terminal import print_json, progress_bar, say
+from comoe.defaults import CALIBRATION_TOKENS, FORMS, SEED
 from comoe.store.shipped import calibration_files
 from comoe.types import UsageError
 from comoe.units import format_seconds, format_size
@@ -31,13 +32,13 @@ def command(
     ] = "text",
     calib_tokens: Annotated[
         int, Option(envvar="COMOE_CALIB_TOKENS", min=1024, metavar="N", help="Tokens to calibrate on.")
-    ] = 16384,
+    ] = CALIBRATION_TOKENS,
     forms: Annotated[
         str, Option(envvar="COMOE_FORMS", metavar="FORM,FORM", help="Forms beside exact, by commas.")
-    ] = "merged,q4,q8",
+    ] = ",".join(FORMS),
     self_contained: Annotated[bool, switch("self-contained", "Copy the exact experts into the pack.")] = False,
     threads: Threads = None,
-    seed: Seed = 0,
+    seed: Seed = SEED,
     json: Json = False,
 ) -> None:
     """Make a pack of a checkpoint.

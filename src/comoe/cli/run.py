@@ -24,14 +24,13 @@ from comoe.cli.options import (
     wish,
 )
 from comoe.cli.terminal import print_json, say
+from comoe.defaults import CONTEXT, MAX_NEW_TOKENS, SEED, TEMPERATURE, TOP_K, TOP_P
 from comoe.store.manifest import read_manifest
 from comoe.types import UsageError
 from comoe.units import format_size
 
 if TYPE_CHECKING:
     from comoe.runtime.generate import Sampling
-
-INTERACTIVE_CONTEXT = 2048
 
 
 def command(
@@ -41,18 +40,18 @@ def command(
     max_new_tokens: Annotated[
         int,
         Option("--max-new-tokens", "-n", envvar="COMOE_MAX_NEW_TOKENS", metavar="N", help="Most tokens to generate."),
-    ] = 128,
+    ] = MAX_NEW_TOKENS,
     ignore_eos: Annotated[bool, switch("ignore-eos", "Go on after the end of the text.")] = False,
     temperature: Annotated[
         float, Option(envvar="COMOE_TEMPERATURE", metavar="T", help="Randomness; 0 always takes the likeliest token.")
-    ] = 0.0,
+    ] = TEMPERATURE,
     top_k: Annotated[
         int, Option(envvar="COMOE_TOP_K", metavar="N", help="Choose among so many likeliest tokens; 0: all.")
-    ] = 0,
+    ] = TOP_K,
     top_p: Annotated[
         float, Option(envvar="COMOE_TOP_P", metavar="P", help="Choose among the likeliest of this probability.")
-    ] = 1.0,
-    seed: Seed = 0,
+    ] = TOP_P,
+    seed: Seed = SEED,
     stop: Annotated[
         list[str] | None, Option(metavar="TEXT...", help="Stop before this text, or the first of several.")
     ] = None,
@@ -118,9 +117,7 @@ class Session:
         memory, expert_memory, max_loss = self._wished
         if max_loss and not read_manifest(self._pack).chain:
             say(f"{self._pack} has no certificate, so --max-loss allows nothing and outputs are exact.")
-        self.model = load(
-            self._pack, memory, expert_memory, max_loss, context=context or INTERACTIVE_CONTEXT, **options
-        )
+        self.model = load(self._pack, memory, expert_memory, max_loss, context=context or CONTEXT, **options)
 
     def converse(self, prompts: Iterable[str]) -> None:
         """Answer each prompt; one that cannot be answered is said, and the next is taken."""

@@ -14,10 +14,13 @@ from comoe.store.shipped import sample_files
 from comoe.types import UsageError, VerificationFailed
 from comoe.units import format_loss, format_size, parse_budget
 
+EXPERT_MEMORY = "30%"
+"""Of the experts' bytes, the memory that plans are looked at in where none is given."""
+
 
 def command(
     pack: PackPath,
-    expert_memory: ExpertMemory = "30%",
+    expert_memory: ExpertMemory = EXPERT_MEMORY,
     max_loss: MaxLoss = None,
     exact: Exact = False,
     text: Annotated[
@@ -52,7 +55,7 @@ def command(
     _check_texts(text or ())
     wished = wish(None, expert_memory, max_loss, exact)
     opened = Pack(pack, source=source)
-    budget = parse_budget(wished.expert_memory or "30%", opened.manifest.expert_bytes_bf16)
+    budget = parse_budget(wished.expert_memory or EXPERT_MEMORY, opened.manifest.expert_bytes_bf16)
     with progress_bar() as progress:
         findings = verify(opened, budget, wished.max_loss, text or sample_files(), progress)
     found = asdict(findings)

@@ -23,6 +23,7 @@ import torch
 from blake3 import blake3
 from torch import Tensor
 
+from comoe.defaults import CALIBRATION_TOKENS, FORMS, SEED
 from comoe.device import process
 from comoe.make.calibrate import LayerInputs, Text, check_calibratable, cut, record, recorded
 from comoe.make.certify import certify
@@ -60,7 +61,6 @@ from comoe.store.pack import Pack, file_hash, header_hash, source_entry
 from comoe.types import CheckpointError, ComoeError, Progress, StorageFull, UsageError
 from comoe.units import format_seconds, format_size
 
-DEFAULT_FORMS = ("merged", "q4", "q8")
 HELD_OUT = 4
 """One window in so many is kept from calibration, to certify on."""
 
@@ -75,11 +75,11 @@ STORED = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", to
 class Recipe:
     """What to make. Without `texts` nothing is calibrated: no merged form, plain rounding, no certificate."""
 
-    forms: tuple[str, ...] = DEFAULT_FORMS
+    forms: tuple[str, ...] = FORMS
     texts: tuple[Text, ...] = ()
-    num_tokens: int = 16384
+    num_tokens: int = CALIBRATION_TOKENS
     self_contained: bool = False
-    seed: int = 0
+    seed: int = SEED
     threads: int | None = None
 
 

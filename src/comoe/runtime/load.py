@@ -6,6 +6,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+from comoe.defaults import CONTEXT
 from comoe.device import process
 from comoe.device.costs import measured_costs
 from comoe.device.memory import check_possible, default_memory
@@ -29,8 +30,6 @@ from comoe.store.pack import Pack, refuse_idle_source
 from comoe.types import DoesNotFit, RemoteUnavailable, UsageError
 from comoe.units import format_size, parse_budget, parse_share, parse_size
 
-DEFAULT_CONTEXT = 2048
-
 
 @dataclass(frozen=True, slots=True)
 class Options:
@@ -41,7 +40,7 @@ class Options:
     """
 
     max_loss: float = 0.0
-    context: int = DEFAULT_CONTEXT
+    context: int = CONTEXT
     dtype: str | None = None
     threads: int | None = None
 
@@ -59,7 +58,7 @@ def load(
     max_loss: float | str = 0.0,
     edges: Sequence[str] = (),
     *,
-    context: int = DEFAULT_CONTEXT,
+    context: int = CONTEXT,
     dtype: str | None = None,
     threads: int | None = None,
     source: str | Path | None = None,
