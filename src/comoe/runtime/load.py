@@ -1,6 +1,7 @@
 """`comoe.load`: from a pack and a budget to a transformers model that generates."""
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
@@ -167,14 +168,16 @@ class Loader:
         self, model: Any, plan: Plan, capacity: int, promise: Promise | None = None, earlier_peak: int = 0
     ) -> Any:
         manifest = self.pack.manifest
-        cache = BlobCache(self.pack, capacity, largest_group=self._largest_group(plan))
-        if plan.floor is not None:
-            floor = plan.floor
-            cache.hold([blob for expert in manifest.expert_ids for blob in manifest.blobs(expert, floor)])
-        serving = Serving(manifest, cache, plan, Ledger(self.ladder, self.options.max_loss))
-        attach(model, [ServedLayer(at, math, serving) for at, math in enumerate(self._maths(model))])
-        handle = Comoe(self.pack, serving, self.options.context, promise, earlier_peak)
-        object.__setattr__(model, "comoe", handle)
+        with ExitStack() as on_failure:
+            cache = on_failure.enter_context(BlobCache(self.pack, capacity, largest_group=self._largest_group(plan)))
+            if plan.floor is not None:
+                floor = plan.floor
+                cache.hold([blob for expert in manifest.expert_ids for blob in manifest.blobs(expert, floor)])
+            serving = Serving(manifest, cache, plan, Ledger(self.ladder, self.options.max_loss))
+            attach(model, [ServedLayer(at, math, serving) for at, math in enumerate(self._maths(model))])
+            handle = Comoe(self.pack, serving, self.options.context, promise, earlier_peak)
+            object.__setattr__(model, "comoe", handle)
+            on_failure.pop_all()  # from here on the handle closes the cache
         return model
 
     def _largest_group(self, plan: Plan) -> int:
