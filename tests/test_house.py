@@ -202,6 +202,12 @@ def test_files_stay_readable_in_one_sitting() -> None:
     assert {name: lines for name, lines in lengths.items() if lines > MAX_FILE_LINES} == {}
 
 
+def test_the_contributors_guide_says_the_same_of_sizes() -> None:
+    guide = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    assert f"{MAX_FILE_LINES} is the limit" in guide
+    assert f"nine in ten up to {MAX_FUNCTION_LINES}" in guide
+
+
 def defaulted() -> Iterator[tuple[str, str, ast.expr]]:
     """(where, name, default) of every parameter and annotated name that has one."""
     for name, path in modules().items():
