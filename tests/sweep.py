@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from transformers import GenerationMixin
 
 import comoe
+from comoe.defaults import FORMS
 from comoe.kernels import native
 from comoe.make.calibrate import Text
 from comoe.make.pack import pack
-from comoe.make.recipe import DEFAULT_FORMS, Recipe
+from comoe.make.recipe import Recipe
 from comoe.plan.ladder import ladder_of
 from comoe.runtime import experts
 from comoe.runtime.load import Loader, Options
@@ -102,7 +103,7 @@ class Subject:
         dtype: torch.dtype = torch.float32,
         *,
         checkpoint: Path | None = None,
-        forms: Sequence[str] = DEFAULT_FORMS,
+        forms: Sequence[str] = FORMS,
     ) -> None:
         self.family, self.dtype = family, dtype
         self._model: Any = None

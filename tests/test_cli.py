@@ -42,6 +42,21 @@ def test_inspect_lists_forms_and_chain(comoe: Comoe, packed: Path) -> None:
     assert "q8" in comoe("inspect", packed).out
 
 
+def test_inspect_needs_no_checkpoint_but_says_that_it_is_not_there(comoe: Comoe, copied: Path) -> None:
+    before = document(comoe("inspect", copied, "--json"))
+    assert before["source_problem"] is None
+    source = copied.parent / "source"
+    source.rename(copied.parent / "moved")
+    result = comoe("inspect", copied, "--json")
+    after = document(result)
+    assert after | {"source_problem": None} == before
+    assert str(source) in after["source_problem"] and after["source_problem"] in result.err
+    shown = comoe("inspect", copied)
+    assert "q8" in shown.out and "which is not there" in shown.err
+    found = comoe("inspect", copied, "--source", copied.parent / "moved", "--json")
+    assert document(found)["source_problem"] is None and found.err == ""
+
+
 def test_plan_prints_a_frontier_and_says_what_fits(comoe: Comoe, packed: Path) -> None:
     got = document(comoe("plan", packed, "--expert-memory", "50%", "--max-loss", "50%", "--json"))
     assert got["fits"]

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ import torch
 
 from comoe.make.pack import pack
 from comoe.make.recipe import Recipe
+from comoe.plan.cost import Costs
+from comoe.plan.planner import Plan, Planner, uniform
 from comoe.runtime.load import Loader, Options, load
 from comoe.store.pack import Pack
-from comoe.types import DoesNotFit, RemoteUnavailable, UsageError
+from comoe.types import BlobId, CorruptBlob, DoesNotFit, RemoteUnavailable, UsageError
 
 PROMPT = torch.arange(5, 25)[None]
 
@@ -124,6 +127,23 @@ def test_closing_twice_is_fine_and_running_afterwards_says_why_not(packed: Path)
     model.comoe.close()
     with pytest.raises(RuntimeError, match="the cache is closed"):
         greedy(model, 1)
+
+
+def test_a_floor_that_cannot_be_read_leaves_no_thread_behind(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def floored(self: Planner, budget: int, max_loss: float) -> Plan:
+        return replace(uniform(self.ladder, "exact"), floor="q4")
+
+    def broken(self: Pack, blob: BlobId, into: memoryview) -> None:
+        raise CorruptBlob(f"{blob} is damaged.")
+
+    loader = Loader(Pack(packed), Options())
+    monkeypatch.setattr(Loader, "planner", lambda self: Planner(self.ladder, Costs.unknown()))
+    monkeypatch.setattr(Planner, "best", floored)
+    monkeypatch.setattr(Pack, "read", broken)
+    before = set(threading.enumerate())
+    with pytest.raises(CorruptBlob):
+        loader.within_experts(1 << 30)
+    assert set(threading.enumerate()) <= before
 
 
 def test_load_refuses_what_it_cannot_do(packed: Path) -> None:

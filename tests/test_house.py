@@ -19,7 +19,7 @@ SRC = ROOT / "src"
 PACKAGE = SRC / "comoe"
 
 FLOORS = {
-    **dict.fromkeys(("types", "kernels"), 0),
+    **dict.fromkeys(("types", "defaults", "kernels"), 0),
     **dict.fromkeys(("store", "units"), 1),
     "forms": 2,
     **dict.fromkeys(("memory", "plan"), 3),
@@ -200,6 +200,36 @@ def test_nine_functions_in_ten_are_short() -> None:
 def test_files_stay_readable_in_one_sitting() -> None:
     lengths = {relative(name): len(path.read_text(encoding="utf-8").splitlines()) for name, path in modules().items()}
     assert {name: lines for name, lines in lengths.items() if lines > MAX_FILE_LINES} == {}
+
+
+def test_the_contributors_guide_says_the_same_of_sizes() -> None:
+    guide = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    assert f"{MAX_FILE_LINES} is the limit" in guide
+    assert f"nine in ten up to {MAX_FUNCTION_LINES}" in guide
+
+
+def defaulted() -> Iterator[tuple[str, str, ast.expr]]:
+    """(where, name, default) of every parameter and annotated name that has one."""
+    for name, path in modules().items():
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value:
+                yield f"{relative(name)}:{node.lineno}", node.target.id, node.value
+            if isinstance(node, ast.arguments):
+                arguments = [*node.posonlyargs, *node.args]
+                with_default = arguments[len(arguments) - len(node.defaults) :]
+                pairs = [*zip(with_default, node.defaults, strict=True)]
+                pairs += [(arg, value) for arg, value in zip(node.kwonlyargs, node.kw_defaults, strict=True) if value]
+                yield from ((f"{relative(name)}:{arg.lineno}", arg.arg, value) for arg, value in pairs)
+
+
+def test_defaults_are_written_down_once() -> None:
+    """Where a parameter of that name has the same default, it is that one by name. Seeds of anything else may be 0."""
+    assigned = [node for node in tree(PACKAGE / "defaults.py").body if isinstance(node, ast.Assign)]
+    known = {ast.unparse(node.targets[0]).lower(): ast.unparse(node.value) for node in assigned}
+    found = [(where, name, ast.unparse(value)) for where, name, value in defaulted()]
+    assert {("context", "CONTEXT"), ("forms", "FORMS")} <= {(name, value) for _, name, value in found}
+    copies = [place for place in found if place[1] != "seed" and known.get(place[1]) == place[2]]
+    assert not copies, copies
 
 
 def test_every_test_file_is_about_a_module_or_a_listed_topic() -> None:

@@ -26,11 +26,12 @@ from comoe.bench.quality import checkpoints
 from comoe.bench.rows import Job, Row, RowFile, collect
 from comoe.bench.upcycled import NAME as UPCYCLED
 from comoe.bench.upcycled import make_upcycled
+from comoe.defaults import FORMS
 from comoe.device.machine import machine
 from comoe.make.calibrate import cut, fitted
 from comoe.make.pack import BATCH_WINDOWS, pack
 from comoe.make.protocol import DecoderEvaluation, EncoderDecoderEvaluation
-from comoe.make.recipe import DEFAULT_FORMS, Recipe
+from comoe.make.recipe import Recipe
 from comoe.make.score import Score
 from comoe.make.shared import SHARING, Sharing
 from comoe.make.study import arrays
@@ -61,7 +62,7 @@ class Scope:
 FULL = Scope(None, 48, 49152, (0.55, 0.3, 0.16, 0.08), (0.16, 0.08), upcycled=True)
 QUICK = Scope(2, 4, 5120, (0.16,), (), upcycled=False)
 
-OWN = tuple(form for form in DEFAULT_FORMS if form not in SHARING)
+OWN = tuple(form for form in FORMS if form not in SHARING)
 ABLATIONS: dict[str, Callable[[Recipe], Recipe]] = {
     "own forms only": lambda recipe: replace(recipe, forms=OWN),
     "own forms only, no dropping": lambda recipe: replace(recipe, forms=OWN[1:]),
@@ -76,7 +77,7 @@ ABLATIONS: dict[str, Callable[[Recipe], Recipe]] = {
 
 
 def _without(*forms: str) -> tuple[str, ...]:
-    return tuple(form for form in DEFAULT_FORMS if form not in forms)
+    return tuple(form for form in FORMS if form not in forms)
 
 
 class Contest:

@@ -65,7 +65,7 @@ def _print_version(wanted: bool) -> None:
 def begin(
     context: typer.Context,
     config: Annotated[
-        str | None, typer.Option(envvar="COMOE_CONFIG", help="Settings file instead of ./comoe.toml.")
+        str | None, typer.Option(envvar="COMOE_CONFIG", metavar="FILE", help="Settings file instead of ./comoe.toml.")
     ] = None,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and stop.")

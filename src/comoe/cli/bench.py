@@ -19,12 +19,13 @@ BENCHMARKS = {
 
 
 def command(
-    name: Annotated[str, Argument(help=f"One of: {', '.join(BENCHMARKS)}.")],
+    name: Annotated[str, Argument(metavar="NAME", help=f"One of: {', '.join(BENCHMARKS)}.")],
     models: Annotated[
-        Path | None, Option(envvar="COMOE_MODELS", help="Folder of models; by default COMOE_SHARED/models.")
+        Path | None,
+        Option(envvar="COMOE_MODELS", metavar="FOLDER", help="Folder of models; by default COMOE_SHARED/models."),
     ] = None,
     quick: Annotated[bool, switch("quick", "A coarse run of about a minute.")] = False,
-    out: Annotated[Path | None, Option(help="Keep finished rows here, and go on from them.")] = None,
+    out: Annotated[Path | None, Option(metavar="FOLDER", help="Keep finished rows here, and go on from them.")] = None,
     threads: Threads = None,
     json: Json = False,
 ) -> None:

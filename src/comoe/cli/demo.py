@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def command(
-    keep: Annotated[Path | None, Option(help="Leave the demo's pack in this new folder.")] = None,
+    keep: Annotated[Path | None, Option(metavar="FOLDER", help="Leave the demo's pack in this new folder.")] = None,
     threads: Threads = None,
     json: Json = False,
 ) -> None:

@@ -14,7 +14,8 @@ from comoe.units import format_size
 
 
 def command(
-    folder: Annotated[Path, Option(help="Where packs are: the disk that is measured.")] = Path(), json: Json = False
+    folder: Annotated[Path, Option(metavar="FOLDER", help="Where packs are: the disk that is measured.")] = Path(),
+    json: Json = False,
 ) -> None:
     """Examine this machine.
 

@@ -3,10 +3,10 @@
 from typing import Any
 
 from comoe.cli.options import Json, PackPath, Source
-from comoe.cli.terminal import print_json, print_table
+from comoe.cli.terminal import print_json, print_table, say
 from comoe.plan.ladder import ladder_of
-from comoe.store.manifest import Certificate, Manifest
-from comoe.store.pack import Pack, refuse_idle_source
+from comoe.store.manifest import Certificate, Manifest, read_manifest
+from comoe.store.pack import folder_bytes, refuse_idle_source, source_problem
 from comoe.units import format_loss, format_size
 
 
@@ -15,16 +15,26 @@ def command(pack: PackPath, source: Source = None, json: Json = False) -> None:
 
     \b
     comoe inspect qwen.comoe
+
+    Reads the manifest alone. A checkpoint that moved is remarked on; verify looks at every byte.
     """
-    opened = Pack(pack, source=source)
-    refuse_idle_source(source, pack, opened.manifest)
-    summary = {"pack": str(pack), "pack_bytes": opened.own_bytes, **describe(opened.manifest)}
+    manifest = read_manifest(pack)
+    refuse_idle_source(source, pack, manifest)
+    problem = source_problem(pack, manifest, source)
+    own = {"pack": str(pack), "pack_bytes": folder_bytes(pack), "source_problem": problem}
+    summary = {**own, **describe(manifest)}
+    if problem:
+        say(f"It could not run now: {problem}")
     if json:
         print_json(summary)
-        return
+    else:
+        _show(summary)
+
+
+def _show(summary: dict[str, Any]) -> None:
     print(
-        f"{pack}: {summary['model_type']}, {summary['layers']} sparse layers of {summary['experts_per_layer']} "
-        f"experts, {summary['experts_per_token']} per token, {summary['dtype']}; "
+        f"{summary['pack']}: {summary['model_type']}, {summary['layers']} sparse layers of "
+        f"{summary['experts_per_layer']} experts, {summary['experts_per_token']} per token, {summary['dtype']}; "
         f"{format_size(summary['pack_bytes'])} on disk, "
         + (f"exact experts in {summary['source']}" if summary["source"] else "self-contained")
     )

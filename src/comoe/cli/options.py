@@ -15,7 +15,7 @@ def switch(name: str, help: str) -> Any:
     return Option(f"--{name}/--no-{name}", envvar=twin, show_default=False, help=help)
 
 
-PackPath = Annotated[Path, Argument(help="A folder that `comoe pack` made.", show_default=False)]
+PackPath = Annotated[Path, Argument(metavar="PACK", help="A folder that `comoe pack` made.", show_default=False)]
 Json = Annotated[bool, switch("json", "Print one JSON document on stdout.")]
 Memory = Annotated[
     str | None,
@@ -44,13 +44,21 @@ Context = Annotated[
 ]
 Dtype = Annotated[
     str | None,
-    Option(envvar="COMOE_DTYPE", help="Compute in float32, bfloat16 or float16; by default as the checkpoint."),
+    Option(
+        envvar="COMOE_DTYPE",
+        metavar="DTYPE",
+        help="Compute in float32, bfloat16 or float16; by default as the checkpoint.",
+    ),
 ]
-Threads = Annotated[int | None, Option(envvar="COMOE_THREADS", min=1, help="Compute threads; by default all cores.")]
-Seed = Annotated[int, Option(envvar="COMOE_SEED", min=0, max=2**63 - 1, help="Seed of everything random.")]
+Threads = Annotated[
+    int | None, Option(envvar="COMOE_THREADS", min=1, metavar="N", help="Compute threads; by default all cores.")
+]
+Seed = Annotated[int, Option(envvar="COMOE_SEED", min=0, max=2**63 - 1, metavar="N", help="Seed of everything random.")]
 Source = Annotated[
     Path | None,
-    Option(envvar="COMOE_SOURCE", help="Where the checkpoint is now, if it moved since it was packed."),
+    Option(
+        envvar="COMOE_SOURCE", metavar="FOLDER", help="Where the checkpoint is now, if it moved since it was packed."
+    ),
 ]
 
 

@@ -8,23 +8,37 @@ from typer import Argument, Option
 
 from comoe.cli.options import Json, Seed, Threads, switch
 from comoe.cli.terminal import print_json, progress_bar, say
+from comoe.defaults import CALIBRATION_TOKENS, FORMS, SEED
 from comoe.store.shipped import calibration_files
 from comoe.types import UsageError
 from comoe.units import format_seconds, format_size
 
 
 def command(
-    checkpoint: Annotated[str, Argument(help="A folder in hub layout, or a hub id: owner/name[@revision].")],
-    output: Annotated[Path, Option("--output", "-o", help="The pack's folder; it must not exist.")],
+    checkpoint: Annotated[
+        str, Argument(metavar="CHECKPOINT", help="A folder in hub layout, or a hub id: owner/name[@revision].")
+    ],
+    output: Annotated[Path, Option("--output", "-o", metavar="PACK", help="The pack's folder; it must not exist.")],
     calib: Annotated[
-        list[Path] | None, Option(help="Text to calibrate on, a file per domain; by default text that comoe ships.")
+        list[Path] | None,
+        Option(
+            metavar="FILE...",
+            help="Text to calibrate on, a file per domain; by default what comoe ships. Behind CHECKPOINT several may "
+            "follow, and the flag may be repeated.",
+        ),
     ] = None,
-    calibrate: Annotated[str, Option(envvar="COMOE_CALIBRATE", help="`text`, or `none` for no calibration.")] = "text",
-    calib_tokens: Annotated[int, Option(envvar="COMOE_CALIB_TOKENS", min=1024, help="Tokens to calibrate on.")] = 16384,
-    forms: Annotated[str, Option(envvar="COMOE_FORMS", help="Forms beside exact, by commas.")] = "merged,q4,q8",
+    calibrate: Annotated[
+        str, Option(envvar="COMOE_CALIBRATE", metavar="text|none", help="Whether to calibrate.")
+    ] = "text",
+    calib_tokens: Annotated[
+        int, Option(envvar="COMOE_CALIB_TOKENS", min=1024, metavar="N", help="Tokens to calibrate on.")
+    ] = CALIBRATION_TOKENS,
+    forms: Annotated[
+        str, Option(envvar="COMOE_FORMS", metavar="FORM,FORM", help="Forms beside exact, by commas.")
+    ] = ",".join(FORMS),
     self_contained: Annotated[bool, switch("self-contained", "Copy the exact experts into the pack.")] = False,
     threads: Threads = None,
-    seed: Seed = 0,
+    seed: Seed = SEED,
     json: Json = False,
 ) -> None:
     """Make a pack of a checkpoint.

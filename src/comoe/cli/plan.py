@@ -25,6 +25,7 @@ from comoe.cli.options import (
     wish,
 )
 from comoe.cli.terminal import print_json, print_table
+from comoe.defaults import CONTEXT
 from comoe.device import process
 from comoe.device.costs import measured_costs
 from comoe.device.memory import check_possible, default_memory
@@ -35,7 +36,6 @@ from comoe.store.pack import Pack, refuse_idle_source
 from comoe.types import DoesNotFit, UsageError
 from comoe.units import format_size, parse_budget, parse_link, parse_size
 
-DEFAULT_CONTEXT = 2048
 OFFERED_LOSS = 0.02
 """The bound that is shown beside the exact plan where none was asked for."""
 
@@ -46,7 +46,7 @@ def command(
     expert_memory: ExpertMemory = None,
     max_loss: MaxLoss = None,
     exact: Exact = False,
-    context: Context = None,
+    context: Context = CONTEXT,
     dtype: Dtype = None,
     threads: Threads = None,
     link: Annotated[
@@ -69,7 +69,7 @@ def command(
     refuse_idle_source(source, pack, opened.manifest)
     planner = _planner(opened, dtype, threads, link)
     forms = planner.ladder.forms(wished.max_loss)
-    work = Workload(context or DEFAULT_CONTEXT, dtype_of(opened.manifest, dtype), forms)
+    work = Workload(context or CONTEXT, dtype_of(opened.manifest, dtype), forms)
     budget, beside = _expert_budget(wished, opened, work)
     offered = wished.max_loss if exact or max_loss is not None else OFFERED_LOSS
     plans = frontier(planner, budget, offered)

@@ -24,6 +24,7 @@ from comoe.cli.options import (
     wish,
 )
 from comoe.cli.terminal import print_json, say
+from comoe.defaults import CONTEXT, MAX_NEW_TOKENS, SEED, TEMPERATURE, TOP_K, TOP_P
 from comoe.store.manifest import read_manifest
 from comoe.types import UsageError
 from comoe.units import format_size
@@ -31,24 +32,29 @@ from comoe.units import format_size
 if TYPE_CHECKING:
     from comoe.runtime.generate import Sampling
 
-INTERACTIVE_CONTEXT = 2048
-
 
 def command(
     pack: PackPath,
-    prompt: Annotated[str | None, Option("--prompt", "-p", help="Text to go on from.")] = None,
-    prompt_file: Annotated[Path | None, Option(help="The same from a file; - is stdin.")] = None,
+    prompt: Annotated[str | None, Option("--prompt", "-p", metavar="TEXT", help="Text to go on from.")] = None,
+    prompt_file: Annotated[Path | None, Option(metavar="FILE", help="The same from a file; - is stdin.")] = None,
     max_new_tokens: Annotated[
-        int, Option("--max-new-tokens", "-n", envvar="COMOE_MAX_NEW_TOKENS", help="Most tokens to generate.")
-    ] = 128,
+        int,
+        Option("--max-new-tokens", "-n", envvar="COMOE_MAX_NEW_TOKENS", metavar="N", help="Most tokens to generate."),
+    ] = MAX_NEW_TOKENS,
     ignore_eos: Annotated[bool, switch("ignore-eos", "Go on after the end of the text.")] = False,
     temperature: Annotated[
-        float, Option(envvar="COMOE_TEMPERATURE", help="Randomness; 0 always takes the likeliest token.")
-    ] = 0.0,
-    top_k: Annotated[int, Option(envvar="COMOE_TOP_K", help="Choose among so many likeliest tokens; 0: all.")] = 0,
-    top_p: Annotated[float, Option(envvar="COMOE_TOP_P", help="Choose among the likeliest of this probability.")] = 1.0,
-    seed: Seed = 0,
-    stop: Annotated[list[str] | None, Option(help="Stop before this text; may be given several times.")] = None,
+        float, Option(envvar="COMOE_TEMPERATURE", metavar="T", help="Randomness; 0 always takes the likeliest token.")
+    ] = TEMPERATURE,
+    top_k: Annotated[
+        int, Option(envvar="COMOE_TOP_K", metavar="N", help="Choose among so many likeliest tokens; 0: all.")
+    ] = TOP_K,
+    top_p: Annotated[
+        float, Option(envvar="COMOE_TOP_P", metavar="P", help="Choose among the likeliest of this probability.")
+    ] = TOP_P,
+    seed: Seed = SEED,
+    stop: Annotated[
+        list[str] | None, Option(metavar="TEXT...", help="Stop before this text, or the first of several.")
+    ] = None,
     chat: Annotated[bool, switch("chat", "Frame the prompt by the model's chat template.")] = False,
     memory: Memory = None,
     expert_memory: ExpertMemory = None,
@@ -58,7 +64,9 @@ def command(
     dtype: Dtype = None,
     threads: Threads = None,
     source: Source = None,
-    edge: Annotated[list[str] | None, Option(envvar="COMOE_EDGE", help="URL of an edge node to read from.")] = None,
+    edge: Annotated[
+        list[str] | None, Option(envvar="COMOE_EDGE", metavar="URL...", help="Edge nodes to read from.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Generate text inside a budget.
@@ -109,9 +117,7 @@ class Session:
         memory, expert_memory, max_loss = self._wished
         if max_loss and not read_manifest(self._pack).chain:
             say(f"{self._pack} has no certificate, so --max-loss allows nothing and outputs are exact.")
-        self.model = load(
-            self._pack, memory, expert_memory, max_loss, context=context or INTERACTIVE_CONTEXT, **options
-        )
+        self.model = load(self._pack, memory, expert_memory, max_loss, context=context or CONTEXT, **options)
 
     def converse(self, prompts: Iterable[str]) -> None:
         """Answer each prompt; one that cannot be answered is said, and the next is taken."""

@@ -19,7 +19,7 @@ SHARES = (
 PROBED = (0.04, 0.06, 0.08, 0.11, 0.16, 0.25)
 """Sizes at which steps with and without shared experts are compared."""
 
-WORTH = 0.95
+WORTH = 0.9
 """Shared experts must lose less than this times what steps without them do: below lies noise."""
 
 Certify = Callable[[Manifest], Mapping[str, Certificate]]
@@ -44,15 +44,21 @@ def chain(manifest: Manifest, shared_up_to: float, shares: Sequence[float] = SHA
 
 
 def choices_of(manifest: Manifest) -> Choices | None:
-    """What every expert of a pack may become, and what that costs; None where no error was measured."""
+    """What every expert of a pack may become, and what that costs; None where no error was measured.
+
+    An expert that is a cluster by itself has nothing to share.
+    """
     measured = [layer for layer in manifest.layers if layer.errors]
     if not measured:
         return None
     forms = [form for form in manifest.forms if form == "exact" or all(form in layer.errors for layer in measured)]
-    return Choices(
-        tuple(Candidate(form, _errors(manifest, form), _bytes(manifest, form), form in SHARING) for form in forms),
-        *_clusters(manifest),
-    )
+    cluster, sizes = _clusters(manifest)
+    alone = np.bincount(cluster)[cluster] == 1 if len(cluster) else False
+    candidates = []
+    for form in forms:
+        errors = np.where(alone, np.inf, _errors(manifest, form)) if form in SHARING else _errors(manifest, form)
+        candidates.append(Candidate(form, errors, _bytes(manifest, form), form in SHARING))
+    return Choices(tuple(candidates), cluster, sizes)
 
 
 def with_chain(manifest: Manifest, certify: Certify | None, *, shared: bool | None, pruned: bool) -> Manifest:

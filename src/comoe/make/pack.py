@@ -23,6 +23,7 @@ import torch
 from blake3 import blake3
 from torch import Tensor
 
+from comoe.defaults import FORMS
 from comoe.device import process
 from comoe.make.calibrate import LayerInputs, check_calibratable, cut, fitted, held_out, record, recorded
 from comoe.make.certify import Windows, certify
@@ -38,7 +39,7 @@ from comoe.make.estimate import (
 )
 from comoe.make.layers import build
 from comoe.make.protocol import Evaluation
-from comoe.make.recipe import CALIBRATED_FORMS, DEFAULT_FORMS, Recipe, Report
+from comoe.make.recipe import CALIBRATED_FORMS, Recipe, Report
 from comoe.make.study import Layer
 from comoe.runtime.generate import tokenizer_of
 from comoe.runtime.skeleton import load_skeleton
@@ -347,7 +348,7 @@ class Packer:
             self.__dict__.pop(name, None)
         enough = self._recipe.certified and sum(map(len, text.values())) >= MIN_HELD_OUT
         certify = partial(self._certify, text) if enough else None
-        pruned = self._recipe.forms == DEFAULT_FORMS
+        pruned = self._recipe.forms == FORMS
         return with_chain(manifest, certify, shared=self._recipe.shared, pruned=pruned)
 
     def _certify(self, held_out: Windows, manifest: Manifest) -> dict[str, Certificate]:

@@ -2,11 +2,9 @@
 
 from dataclasses import dataclass
 
+from comoe.defaults import CALIBRATION_TOKENS, FORMS, SEED
 from comoe.make.calibrate import Text
 from comoe.make.shared import AS_MEASURED, SHARING, Sharing
-
-DEFAULT_FORMS = ("dropped", "merged", "lowrank", "q2", "residual", "q3", "q4", "q8")
-"""Tried by default; those that no step of the chain uses are left out of the pack."""
 
 CALIBRATED_FORMS = {"dropped", *SHARING}
 """Forms that say nothing without calibration text."""
@@ -21,11 +19,11 @@ class Recipe:
     has a certificate.
     """
 
-    forms: tuple[str, ...] = DEFAULT_FORMS
+    forms: tuple[str, ...] = FORMS
     texts: tuple[Text, ...] = ()
-    num_tokens: int = 16384
+    num_tokens: int = CALIBRATION_TOKENS
     self_contained: bool = False
-    seed: int = 0
+    seed: int = SEED
     threads: int | None = None
     sharing: Sharing = AS_MEASURED
     shared: bool | None = None

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig, TextStreamer
 from transformers.utils import logging
 
+from comoe.defaults import MAX_NEW_TOKENS, SEED, TEMPERATURE, TOP_K, TOP_P
 from comoe.types import UsageError
 
 
@@ -18,11 +19,11 @@ from comoe.types import UsageError
 class Sampling:
     """How the next token is chosen. Temperature 0 is greedy; `top_k` 0 and `top_p` 1 restrict nothing."""
 
-    max_new_tokens: int = 128
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
+    max_new_tokens: int = MAX_NEW_TOKENS
+    temperature: float = TEMPERATURE
+    top_k: int = TOP_K
+    top_p: float = TOP_P
+    seed: int = SEED
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
 

@@ -1,6 +1,7 @@
 """`comoe.load`: from a pack and a budget to a transformers model that generates."""
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
@@ -8,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from comoe.defaults import CONTEXT
 from comoe.device import process
 from comoe.device.costs import measured_costs
 from comoe.device.memory import check_possible, default_memory
@@ -30,8 +32,6 @@ from comoe.store.pack import Pack, refuse_idle_source
 from comoe.types import DoesNotFit, RemoteUnavailable, UsageError
 from comoe.units import format_size, parse_budget, parse_share, parse_size
 
-DEFAULT_CONTEXT = 2048
-
 
 @dataclass(frozen=True, slots=True)
 class Options:
@@ -42,7 +42,7 @@ class Options:
     """
 
     max_loss: float = 0.0
-    context: int = DEFAULT_CONTEXT
+    context: int = CONTEXT
     dtype: str | None = None
     threads: int | None = None
 
@@ -60,7 +60,7 @@ def load(
     max_loss: float | str = 0.0,
     edges: Sequence[str] = (),
     *,
-    context: int = DEFAULT_CONTEXT,
+    context: int = CONTEXT,
     dtype: str | None = None,
     threads: int | None = None,
     source: str | Path | None = None,
@@ -170,14 +170,17 @@ class Loader:
     ) -> Any:
         manifest = self.pack.manifest
         floor = self.ladder.rung(plan.floor) if plan.floor else None
-        cache = BlobCache(self.pack, capacity, largest_group=self.ladder.rung(plan.target).group_beside(floor))
-        serving = Serving(manifest, cache, plan, Ledger(self.ladder, self.options.max_loss))
-        if plan.floor is not None:
-            ways = [serving.way(*expert, plan.floor) for expert in manifest.expert_ids]
-            cache.hold(list(dict.fromkeys(blob for way in ways for blob in way.blobs)))
-        attach(model, [ServedLayer(at, math, serving) for at, math in enumerate(self._maths(model))])
-        handle = Comoe(self.pack, serving, self.options.context, promise, earlier_peak)
-        object.__setattr__(model, "comoe", handle)
+        largest = self.ladder.rung(plan.target).group_beside(floor)
+        with ExitStack() as on_failure:
+            cache = on_failure.enter_context(BlobCache(self.pack, capacity, largest_group=largest))
+            serving = Serving(manifest, cache, plan, Ledger(self.ladder, self.options.max_loss))
+            if plan.floor is not None:
+                ways = [serving.way(*expert, plan.floor) for expert in manifest.expert_ids]
+                cache.hold(list(dict.fromkeys(blob for way in ways for blob in way.blobs)))
+            attach(model, [ServedLayer(at, math, serving) for at, math in enumerate(self._maths(model))])
+            handle = Comoe(self.pack, serving, self.options.context, promise, earlier_peak)
+            object.__setattr__(model, "comoe", handle)
+            on_failure.pop_all()  # from here on the handle closes the cache
         return model
 
 

@@ -107,7 +107,7 @@ class Pack:
     @property
     def own_bytes(self) -> int:
         """Bytes of the pack's folder."""
-        return sum(path.stat().st_size for path in self.folder.iterdir() if path.is_file())
+        return folder_bytes(self.folder)
 
     @property
     def direct(self) -> bool:
@@ -144,6 +144,23 @@ class Pack:
         if self._part(blob).file is None:
             return f"the checkpoint in {self.checkpoint} is damaged or was changed: restore it or pack again."
         return "the file is damaged: pack again."
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes of the files in `folder`."""
+    return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+
+
+def source_problem(folder: Path, manifest: Manifest, source: Path | None = None) -> str | None:
+    """Why the pack in `folder` could not read its checkpoint, recorded or in `source`; None where it could."""
+    checkpoint = source or _source_folder(folder, manifest)
+    if checkpoint is None or manifest.source is None:
+        return None
+    try:
+        check_source(checkpoint, manifest.source)
+    except PackError as error:
+        return str(error)
+    return None
 
 
 def refuse_idle_source(source: Path | None, folder: Path, manifest: Manifest) -> None:

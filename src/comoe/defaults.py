@@ -1,0 +1,18 @@
+"""What is taken where nobody asks for anything else: of settings that both a flag and the library have.
+
+Each is here once. None here: settings whose default is worked out, as memory is, or that only one place knows.
+"""
+
+CONTEXT = 2048
+"""Tokens of prompt and answer together that memory is sized for."""
+
+MAX_NEW_TOKENS = 128
+TEMPERATURE = 0.0
+TOP_K = 0
+TOP_P = 1.0
+SEED = 0
+
+FORMS = ("dropped", "merged", "lowrank", "q2", "residual", "q3", "q4", "q8")
+"""What is tried for a pack beside exact experts; forms that no step of its chain uses are left out again."""
+
+CALIBRATION_TOKENS = 16384
