@@ -147,6 +147,7 @@ def run(models: Path, shared: Path, *, quick: bool, out: Path | None, progress: 
         contests = [Contest(found, material, scope, work) for found in folders]
         settings = _settings(scope, material, quick=quick)
         jobs = [job for contest in contests for job in _jobs(contest, scope, settings)]
+        jobs += [job for contest in contests for job in _ablations(contest, scope, settings)]
         rows = collect(jobs, RowFile(folder / f"{NAME}.rows.jsonl"), progress)
         document = {
             "name": NAME,
@@ -193,6 +194,10 @@ def _jobs(contest: Contest, scope: Scope, settings: dict[str, Any]) -> Iterator[
         for method in METHODS:
             measure = partial(_published_row, contest, method, share)
             yield Job({"kind": "published", **named, "method": method, "share": share}, depends, measure)
+
+
+def _ablations(contest: Contest, scope: Scope, settings: dict[str, Any]) -> Iterator[Job]:
+    depends, named = {"model": contest.hash, **settings}, {"model": contest.name}
     for name, change in ABLATIONS.items():
         for share in scope.ablated_shares:
             recipe = replace(change(contest.recipe), certified=False)

@@ -89,7 +89,9 @@ def reap_int4(bank: Bank, share: float) -> Approximation | None:
     assert whole is not None
     each = whole.nbytes // sum(map(len, bank.experts))
     num = min(len(bank.experts[0]), int(share * bank.expert_nbytes * len(bank.experts[0]) / each))
-    return None if not num else _pruned(bank, num, whole.weights, num * len(bank.experts) * each)
+    if not 0 < num < len(bank.experts[0]):
+        return None  # with all experts kept it is int4 alone
+    return _pruned(bank, num, whole.weights, num * len(bank.experts) * each)
 
 
 def d2_moe(bank: Bank, share: float) -> Approximation | None:

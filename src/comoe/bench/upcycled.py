@@ -21,13 +21,15 @@ from comoe.make.text import windows
 from comoe.types import Progress
 
 NAME = "upcycled-mini"
-RANK = 4
+RANK = 8
 EXPERTS_PER_TOKEN = 2
-DENSE_STEPS, SPARSE_STEPS = 240, 420
+DENSE_STEPS, SPARSE_STEPS = 240, 480
 BATCH_WINDOWS = 16
 WARM_UP_STEPS = 20
-EXPERT_RATE, OTHER_RATE = 3e-3, 3e-4
-BALANCE = 0.02
+DENSE_RATE, DELTA_RATE, OTHER_RATE = 3e-3, 2e-2, 3e-4
+BALANCE = 0.002
+ROUTER_SCALE = 1.0
+"""Routers begin decided, so that experts see texts of their own from the first step on."""
 
 
 def make_upcycled(source: Path, texts: Sequence[Path], folder: Path, progress: Progress) -> None:
@@ -39,12 +41,12 @@ def make_upcycled(source: Path, texts: Sequence[Path], folder: Path, progress: P
     teacher = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     dense = _like(teacher, 1, 1)
     _copy(teacher, dense)
-    for done in _train(dense, batches, DENSE_STEPS, seed=0):
+    for done in _train(dense, batches, DENSE_STEPS, DENSE_RATE, seed=0):
         progress("the dense network", 0.3 * done)
     sparse = _like(teacher, teacher.config.num_experts // 2, EXPERTS_PER_TOKEN)
     _copy(dense, sparse)
     _give_deltas(dense, sparse)
-    for done in _train(sparse, batches, SPARSE_STEPS, seed=1):
+    for done in _train(sparse, batches, SPARSE_STEPS, DELTA_RATE, seed=1):
         progress("its experts", 0.3 + 0.7 * done)
     for experts in _experts(sparse):
         for name in ("gate_up_proj", "down_proj"):
@@ -96,16 +98,19 @@ def _give_deltas(dense: Any, sparse: Any) -> None:
         for name in ("gate_up_proj", "down_proj"):
             weight = getattr(experts, name)
             weight.copy_(getattr(one, name).expand_as(weight))
+            weight.requires_grad_(False)
             parametrize.register_parametrization(experts, name, LowRank(tuple(weight.shape)), unsafe=True)
+    for layer in sparse.model.layers:
+        layer.mlp.gate.weight.normal_(0.0, ROUTER_SCALE)
 
 
-def _train(model: Any, batches: Tensor, num_steps: int, seed: int) -> Iterator[float]:
+def _train(model: Any, batches: Tensor, num_steps: int, expert_rate: float, seed: int) -> Iterator[float]:
     """AdamW with a cosine schedule on random windows; yields the fraction done."""
     generator = torch.Generator().manual_seed(seed)
     named = list(model.named_parameters())
     groups = [
         {"params": [tensor for name, tensor in named if (".mlp." in name) is inside], "lr": rate}
-        for inside, rate in ((True, EXPERT_RATE), (False, OTHER_RATE))
+        for inside, rate in ((True, expert_rate), (False, OTHER_RATE))
     ]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, num_steps))

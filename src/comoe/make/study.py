@@ -196,9 +196,9 @@ def blob_bytes(site: Site, part: str, tensors: dict[tuple[str, str], Tensor]) ->
     found = layout(site, part)
     data = np.zeros(found.nbytes, np.uint8)
     for field in found.fields:
-        tensor = tensors[field.leaf, field.plane].contiguous()
+        tensor = tensors[field.leaf, field.plane]
         assert tuple(tensor.shape) == field.shape, (field, tensor.shape)
-        data[field.offset : field.offset + field.nbytes] = tensor.view(torch.uint8).numpy().reshape(-1)
+        data[field.offset : field.offset + field.nbytes] = tensor.reshape(-1).view(torch.uint8).numpy()
     return data.tobytes()
 
 
