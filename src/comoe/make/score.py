@@ -53,7 +53,8 @@ def compare(score: Score, exact: Score, *, num_resamples: int = 10_000, seed: in
     """The loss of `score` against `exact`, paired window by window.
 
     A domain's loss is the mean over its windows of (nats - exact nats) / exact nats. The interval of the mean
-    over domains is the percentile bootstrap (Efron 1979) over windows, resampled in each domain.
+    over domains is the percentile bootstrap (Efron 1979) over windows, resampled in each domain; over domains where one
+    has a single window, which says nothing of how windows differ.
     ValueError where the two did not score the same windows.
     """
     increases = {name: _increase(score.domains.get(name), domain) for name, domain in exact.domains.items()}
@@ -64,7 +65,11 @@ def compare(score: Score, exact: Score, *, num_resamples: int = 10_000, seed: in
     per_domain = {name: float(x.mean()) for name, x in increases.items()}
     worst = max(per_domain, key=per_domain.__getitem__)
     mean = float(np.mean(list(per_domain.values())))
-    interval = _interval(np.mean(list(resampled.values()), axis=0))
+    means = np.mean(list(resampled.values()), axis=0)
+    if len(increases) > 1 and min(map(len, increases.values())) == 1:
+        domains = rng.integers(len(increases), size=(num_resamples, len(increases)))
+        means = np.array(list(per_domain.values()))[domains].mean(1)
+    interval = _interval(means)
     return Loss(mean, interval, worst, per_domain[worst], _interval(resampled[worst]), per_domain)
 
 
