@@ -14,7 +14,7 @@ def test_with_one_window_in_each_domain_the_interval_tells_how_domains_differ() 
     loss = compare(scores({name: [100.0 + at] for at, name in enumerate("abcdef")}), exact)
     low, high = loss.ci95
     assert low < loss.mean < high
-    assert 0.0 <= low and high <= 0.05
+    assert low >= 0.0 and high <= 0.05
 
 
 def test_with_more_windows_domains_are_not_resampled() -> None:
