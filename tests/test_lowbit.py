@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from comoe.forms.compensate import Gram
 from comoe.forms.lowbit import LEAST_SHARE, NUM_SHARES, dequantise_low, quantise_low
 from comoe.forms.quantise import Planes
 
@@ -24,6 +25,10 @@ def random_inputs(seed: int, tokens: int, cols: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     mixing = torch.randn(cols, cols, generator=generator) / cols**0.5
     return torch.randn(tokens, cols, generator=generator) @ (mixing + torch.eye(cols)) * torch.linspace(0.1, 3, cols)
+
+
+def gram_of(x: Tensor) -> Gram:
+    return Gram(x.T @ x)
 
 
 def levels(planes: Planes) -> Tensor:
@@ -52,7 +57,7 @@ def cost(weight: Tensor, scale: Tensor, half: int) -> Tensor:
 def test_the_matrix_is_its_scales_times_its_levels(seed: int, bits: int, groups: int, compensate: bool) -> None:
     weight = random_weight(seed, 5, 32 * groups)
     x = random_inputs(seed, 80, 32 * groups)
-    planes = quantise_low(weight, 32, bits, x.T @ x if compensate else None)
+    planes = quantise_low(weight, 32, bits, gram_of(x) if compensate else None)
     assert (planes.scales.shape, planes.scales.dtype) == ((5, groups), torch.float16)
     assert (planes.low is None) == (bits == 2)
     found = levels(planes)
@@ -89,7 +94,7 @@ def test_compensation_lowers_the_error_of_outputs(bits: int) -> None:
     weight, x = torch.randn(64, 128, generator=torch.Generator().manual_seed(1)), random_inputs(2, 500, 128)
     plain, compensated = (
         ((dequantise_low(quantise_low(weight, 32, bits, gram), 32) - weight) @ x.T).square().sum()
-        for gram in (None, x.T @ x)
+        for gram in (None, gram_of(x))
     )
     assert compensated < 0.9 * plain
 
@@ -109,6 +114,6 @@ def test_zeros_stay_zero_and_what_float16_cannot_scale_is_refused(bits: int) -> 
     weight = random_weight(4, 4, 64)
     weight[1] = 0
     x = random_inputs(5, 100, 64)
-    assert torch.equal(dequantise_low(quantise_low(weight, 32, bits, x.T @ x), 32)[1], torch.zeros(64))
+    assert torch.equal(dequantise_low(quantise_low(weight, 32, bits, gram_of(x)), 32)[1], torch.zeros(64))
     with pytest.raises(ValueError, match="too large"):
         quantise_low(torch.full((1, 32), 1e6), 32, bits)

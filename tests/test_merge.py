@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from comoe.forms.merge import HiddenUnits, align, clusters, merge, output_distances
+from comoe.forms.merge import HiddenUnits, Tree, align, clusters, dendrogram, merge, output_distances
 from comoe.types import Leaf
 
 HIDDEN, INNER = 12, 20
@@ -187,20 +187,55 @@ def spaced(groups: Sequence[Sequence[int]]) -> np.ndarray:
     return np.abs(places[:, None] - places[None])
 
 
+def random_tree(num_experts: int, seed: int) -> Tree:
+    """The dendrogram of experts at random places."""
+    points = np.random.default_rng(seed).standard_normal((num_experts, 3))
+    return dendrogram(np.linalg.norm(points[:, None] - points[None], axis=-1))
+
+
+def leaves(tree: Tree, node: int) -> set[int]:
+    """The experts below a node: an expert, or from E on a pair."""
+    below = node - len(tree) - 1
+    return {node} if below < 0 else leaves(tree, tree[below][0]) | leaves(tree, tree[below][1])
+
+
 @given(st.integers(1, 12), st.integers(0, 3), st.integers(0, 999))
 @settings(max_examples=30, deadline=None)
 def test_full_granularity_is_the_identity(num_experts: int, beyond: int, seed: int) -> None:
-    points = np.random.default_rng(seed).standard_normal((num_experts, 3))
-    distances = np.linalg.norm(points[:, None] - points[None], axis=-1)
-    assert clusters(distances, num_experts + beyond) == list(range(num_experts))
+    assert clusters(random_tree(num_experts, seed), num_experts + beyond) == tuple(range(num_experts))
+
+
+@given(st.integers(1, 12), st.integers(0, 999))
+@settings(max_examples=30, deadline=None)
+def test_a_dendrogram_joins_every_node_but_the_last_once_and_only_what_is_there(num_experts: int, seed: int) -> None:
+    tree = random_tree(num_experts, seed)
+    assert len(tree) == num_experts - 1
+    assert sorted(child for pair in tree for child in pair) == list(range(2 * num_experts - 2))
+    assert all(child < num_experts + at for at, pair in enumerate(tree) for child in pair)
+
+
+@given(st.integers(2, 12), st.integers(1, 12), st.integers(0, 999))
+@settings(max_examples=40, deadline=None)
+def test_a_cut_undoes_the_last_pairs_and_keeps_all_others(num_experts: int, num_clusters: int, seed: int) -> None:
+    tree = random_tree(num_experts, seed)
+    found = clusters(tree, num_clusters)
+    joined = max(0, num_experts - num_clusters)
+    for at, pair in enumerate(tree):
+        touched = {found[expert] for child in pair for expert in leaves(tree, child)}
+        assert (len(touched) == 1) == (at < joined)
 
 
 def test_experts_that_put_out_alike_share_a_cluster_numbered_by_its_first_member() -> None:
-    assert clusters(spaced([[2, 5], [0, 3, 4], [1]]), 3) == [0, 1, 2, 0, 0, 2]
+    assert clusters(dendrogram(spaced([[2, 5], [0, 3, 4], [1]])), 3) == (0, 1, 2, 0, 0, 2)
+
+
+def test_experts_that_put_out_most_alike_are_joined_first() -> None:
+    places = np.array([0.0, 10.0, 1.0, 13.0])
+    assert [{*pair} for pair in dendrogram(np.abs(places[:, None] - places[None]))] == [{0, 2}, {1, 3}, {4, 5}]
 
 
 def test_one_cluster_holds_everything() -> None:
-    assert clusters(spaced([[0, 1], [2, 3]]), 1) == [0] * 4
+    assert clusters(dendrogram(spaced([[0, 1], [2, 3]])), 1) == (0,) * 4
 
 
 @given(st.integers(2, 12), st.integers(1, 12), st.integers(0, 999))
@@ -208,30 +243,28 @@ def test_one_cluster_holds_everything() -> None:
 def test_clusters_are_as_many_as_asked_and_numbered_in_order_of_appearance(
     num_experts: int, num_clusters: int, seed: int
 ) -> None:
-    points = np.random.default_rng(seed).standard_normal((num_experts, 3))
-    found = clusters(np.linalg.norm(points[:, None] - points[None], axis=-1), num_clusters)
+    found = clusters(random_tree(num_experts, seed), num_clusters)
     assert list(dict.fromkeys(found)) == list(range(min(num_clusters, num_experts)))
 
 
 def test_coarser_cuts_only_join_clusters_of_finer_ones() -> None:
-    points = np.random.default_rng(1).standard_normal((10, 3))
-    distances = np.linalg.norm(points[:, None] - points[None], axis=-1)
+    tree = random_tree(10, 1)
     for finer in range(2, 11):
-        pairs = set(zip(clusters(distances, finer), clusters(distances, finer - 1), strict=True))
+        pairs = set(zip(clusters(tree, finer), clusters(tree, finer - 1), strict=True))
         assert len(pairs) == finer
 
 
-@pytest.mark.parametrize(("pair", "wanted"), [(3.5, [0, 0, 1, 1, 2, 2]), (5.0, [0, 0, 0, 0, 1, 2])])
-def test_linkage_is_average_and_neither_single_nor_complete(pair: float, wanted: list[int]) -> None:
+@pytest.mark.parametrize(("pair", "wanted"), [(3.5, (0, 0, 1, 1, 2, 2)), (5.0, (0, 0, 0, 0, 1, 2))])
+def test_linkage_is_average_and_neither_single_nor_complete(pair: float, wanted: tuple[int, ...]) -> None:
     """{0, 1} and {2, 3} are 2.1 apart at their nearest, 4.2 on average, 6.3 at most; {4, 5} are `pair` apart."""
     places = np.array([0.0, 2.0, 4.1, 6.3, 20.0, 20.0 + pair])
-    assert clusters(np.abs(places[:, None] - places[None]), 3) == wanted
+    assert clusters(dendrogram(np.abs(places[:, None] - places[None])), 3) == wanted
 
 
 def test_clustering_leaves_its_distances_alone() -> None:
     distances = spaced([[0, 1], [2, 3]]) + 0.5
     before = distances.copy()
-    clusters(distances, 2)
+    dendrogram(distances)
     assert (distances == before).all()
 
 

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from comoe.forms.compensate import Gram
 from comoe.forms.quantise import STEPS, Planes, dequantise, quantise
 
 SLACK = 1e-4
@@ -27,6 +28,10 @@ def random_inputs(seed: int, tokens: int, cols: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     mixing = torch.randn(cols, cols, generator=generator) / cols**0.5
     return torch.randn(tokens, cols, generator=generator) @ (mixing + torch.eye(cols)) * torch.linspace(0.1, 3, cols)
+
+
+def gram_of(x: Tensor) -> Gram:
+    return Gram(x.T @ x)
 
 
 def levels(plane: Tensor) -> Tensor:
@@ -100,7 +105,7 @@ def test_compensated_levels_lie_between_floor_and_ceiling_of_the_original(
     rows, group, groups = shape
     weight = random_weight(seed, rows, group * groups)
     x = random_inputs(seed, tokens, group * groups)
-    planes = quantise(weight, group, x.T @ x)
+    planes = quantise(weight, group, gram_of(x))
     steps = torch.nan_to_num(weight / spread(planes.scales, group).float())
     high = levels(planes.high)
     assert (high >= steps.floor().clamp(-8, 7)).all() and (high <= steps.ceil().clamp(-8, 7)).all()
@@ -113,7 +118,7 @@ def test_the_low_plane_undoes_what_compensation_moved(shape: tuple[int, int, int
     rows, group, groups = shape
     weight = random_weight(seed, rows, group * groups)
     x = random_inputs(seed, 50, group * groups)
-    planes = quantise(weight, group, x.T @ x)
+    planes = quantise(weight, group, gram_of(x))
     off = in_steps(dequantise(planes, group).double() - weight.double(), planes.scales, group)
     assert off.max() <= 1 / 8 + SLACK
     reachable = (8 * (weight / spread(planes.scales, group).float() - levels(planes.high))) <= 7.5
@@ -142,7 +147,7 @@ def test_a_group_of_zeros_stays_zero_and_leaves_its_neighbours_alone(compensated
     weight[1, 32:64] = 0
     weight[2] = weight[3, :32] = 0
     x = random_inputs(1, 200, 96)
-    planes = quantise(weight, 32, x.T @ x if compensated else None)
+    planes = quantise(weight, 32, gram_of(x) if compensated else None)
     restored = dequantise(planes, 32)
     assert torch.isfinite(restored).all()
     assert planes.low is not None and (restored[weight == 0] == 0).all()
@@ -187,7 +192,7 @@ def test_compensation_beats_rounding_on_the_inputs_that_it_saw(cols: int) -> Non
     """Also across the blocks of columns in which errors are carried on."""
     weight = torch.randn(64, cols, generator=torch.Generator().manual_seed(7))
     x = random_inputs(7, 2 * cols, cols)
-    rounded, compensated = quantise(weight, 32), quantise(weight, 32, x.T @ x)
+    rounded, compensated = quantise(weight, 32), quantise(weight, 32, gram_of(x))
     assert output_error(weight, compensated, x, 32) < 0.8 * output_error(weight, rounded, x, 32)
 
 
@@ -195,21 +200,21 @@ def test_compensation_also_beats_rounding_on_inputs_like_those_that_it_saw() -> 
     weight = torch.randn(64, 96, generator=torch.Generator().manual_seed(8))
     both = random_inputs(8, 800, 96)
     x, unseen = both[:400], both[400:]
-    compensated = output_error(weight, quantise(weight, 32, x.T @ x), unseen, 32)
+    compensated = output_error(weight, quantise(weight, 32, gram_of(x)), unseen, 32)
     assert compensated < 0.9 * output_error(weight, quantise(weight, 32), unseen, 32)
 
 
 def test_independent_inputs_leave_nothing_to_compensate() -> None:
     weight = random_weight(9, 16, 160)
-    assert torch.equal(quantise(weight, 32, torch.eye(160)).high, quantise(weight, 32).high)
+    assert torch.equal(quantise(weight, 32, Gram(torch.eye(160))).high, quantise(weight, 32).high)
 
 
 def test_blocks_of_columns_do_not_change_the_levels(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.randn(16, 96, generator=torch.Generator().manual_seed(10))
     x = random_inputs(10, 200, 96)
-    whole = quantise(weight, 32, x.T @ x)
+    whole = quantise(weight, 32, gram_of(x))
     monkeypatch.setattr("comoe.forms.compensate.BLOCK_COLUMNS", 20)
-    differing = quantise(weight, 32, x.T @ x).high != whole.high
+    differing = quantise(weight, 32, gram_of(x)).high != whole.high
     assert differing.float().mean() < 0.01  # sums in another order flip a rounding now and then
 
 
@@ -218,13 +223,21 @@ def test_inputs_that_span_little_or_nothing_are_no_obstacle(tokens: int) -> None
     weight = random_weight(11, 8, 64)
     x = random_inputs(11, tokens, 64)
     x[:, 10:20] = 0
-    assert torch.isfinite(dequantise(quantise(weight, 32, x.T @ x), 32)).all()
+    assert torch.isfinite(dequantise(quantise(weight, 32, gram_of(x)), 32)).all()
 
 
 def test_neither_weight_nor_gram_is_changed() -> None:
     weight = random_weight(12, 4, 64)
-    x = random_inputs(12, 100, 64)
-    gram = x.T @ x
-    before = weight.clone(), gram.clone()
+    gram = gram_of(random_inputs(12, 100, 64))
+    before = weight.clone(), gram.matrix.clone()
     quantise(weight, 32, gram)
-    assert torch.equal(weight, before[0]) and torch.equal(gram, before[1])
+    assert torch.equal(weight, before[0]) and torch.equal(gram.matrix, before[1])
+
+
+def test_a_gram_that_was_used_before_gives_the_same_planes() -> None:
+    """What follows from it is reckoned once, for all forms of an expert."""
+    weight, x = random_weight(13, 8, 64), random_inputs(13, 100, 64)
+    used = gram_of(x)
+    first = quantise(weight, 32, used)
+    again, fresh = quantise(weight, 32, used), quantise(weight, 32, gram_of(x))
+    assert torch.equal(again.high, first.high) and torch.equal(first.high, fresh.high)
