@@ -4,6 +4,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from comoe.make.protocol import Evaluation
 from comoe.make.score import Loss, Score, compare
 from comoe.runtime.generate import tokenizer_of
@@ -12,6 +15,9 @@ from comoe.store.manifest import Certificate
 from comoe.store.pack import Pack
 
 Windows = Mapping[str, list[list[int]]]
+
+SAMPLED = 16
+"""Positions of a batch whose whole distribution is kept: a large vocabulary takes half a megabyte for each."""
 
 MIN_CACHE_BYTES = 256 << 20
 """Experts that may be in memory while a form is scored, however small a layer is."""
@@ -25,26 +31,45 @@ def certify(
     `progress` is told the fraction done.
     """
     loader = Loader(Pack(folder), Options(dtype="float32", threads=threads))
-    scores = {}
-    for step, found in _scores(loader, ["exact", *steps], windows):
-        scores[step] = found
-        progress(len(scores) / (len(steps) + 1))
-    return {step: certificate(compare(scores[step], scores["exact"])) for step in steps}
+    found: dict[str, Certificate] = {}
+    measured = _measured(loader, ["exact", *steps], windows)
+    _, exact, wanted = next(measured)
+    for step, score, sample in measured:
+        found[step] = certificate(compare(score, exact), wanted, sample)
+        progress(len(found) / len(steps))
+    return found
 
 
-def certificate(loss: Loss) -> Certificate:
-    """What a pack keeps of a loss."""
+def certificate(loss: Loss, exact: Tensor, sample: Tensor) -> Certificate:
+    """What a pack keeps of a loss and of log probabilities (P, V) of the same positions, `exact`'s and the step's."""
     return Certificate(
         loss=loss.mean,
         loss_ci95=loss.ci95,
         loss_worst_domain=loss.worst,
         loss_worst_domain_ci95=loss.worst_ci95,
         worst_domain=loss.worst_domain,
+        kl=max(0.0, float((exact.exp() * (exact - sample)).sum(-1).mean())),
+        top1_agreement=float((exact.argmax(-1) == sample.argmax(-1)).float().mean()),
     )
 
 
-def _scores(loader: Loader, rungs: Sequence[str], windows: Windows) -> Iterator[tuple[str, Score]]:
-    """Nats of the model with every expert in one rung, for each of `rungs`; in float32.
+class Sample:
+    """Log probabilities of a few positions: of one window of every batch, `SAMPLED` spread over it."""
+
+    def __init__(self) -> None:
+        self._found: list[Tensor] = []
+
+    def __call__(self, logits: Tensor) -> None:
+        step = max(1, logits.shape[1] // SAMPLED)
+        self._found.append(logits[0, ::step][:SAMPLED].float().log_softmax(-1).clone())
+
+    @property
+    def log_probabilities(self) -> Tensor:
+        return torch.cat(self._found)
+
+
+def _measured(loader: Loader, rungs: Sequence[str], windows: Windows) -> Iterator[tuple[str, Score, Tensor]]:
+    """Nats and sampled log probabilities of the model with every expert in one rung, for each of `rungs`; in float32.
 
     The dense part is loaded once; in memory are the experts of one layer at a time.
     """
@@ -55,5 +80,7 @@ def _scores(loader: Loader, rungs: Sequence[str], windows: Windows) -> Iterator[
         model = loader.streamed(rung, room, model)
         with model.comoe.cache:
             evaluation = Evaluation.for_model(model, tokenizer)
-            yield rung, Score({name: evaluation.nats(found) for name, found in windows.items()})
+            sample = Sample()
+            score = Score({name: evaluation.nats(found, sample) for name, found in windows.items()})
+            yield rung, score, sample.log_probabilities
     loader.pack.close()

@@ -80,13 +80,15 @@ class Evaluation(ABC):
     def begin(self, prompts: Tensor, copies: int) -> tuple[Tensor, dict[str, Any]]:
         """Read prompts (B, P): tokens (B * copies, 1) that precede the targets, and the model's arguments."""
 
-    def nats(self, text_windows: Sequence[Sequence[int]]) -> DomainScore:
-        """Nats of every window, `batch` windows of equal length at a time."""
+    def nats(
+        self, text_windows: Sequence[Sequence[int]], heed: Callable[[Tensor], None] = lambda logits: None
+    ) -> DomainScore:
+        """Nats of every window, `batch` windows of equal length at a time; `heed` gets the logits (B, T, V) of each."""
         nats, tokens = np.zeros(len(text_windows)), np.zeros(len(text_windows), np.int64)
         pairs = [self.split(window) for window in text_windows]
         for rows in _batches([(len(prompt), len(target)) for prompt, target in pairs], self.batch):
             targets = self._tensor([pairs[row][1] for row in rows])
-            nats[rows] = self._score([pairs[row][0] for row in rows], targets).double().sum(1).numpy()
+            nats[rows] = self._score([pairs[row][0] for row in rows], targets, heed).double().sum(1).numpy()
             tokens[rows] = targets.shape[1]
         return DomainScore(nats, tokens)
 
@@ -117,11 +119,17 @@ class Evaluation(ABC):
             token, state = wanted.view(1, 1), {**state, "past_key_values": output.past_key_values}
 
     @torch.no_grad()
-    def _score(self, prompts: Sequence[Sequence[int]], targets: Tensor) -> Tensor:
+    def _score(
+        self,
+        prompts: Sequence[Sequence[int]],
+        targets: Tensor,
+        heed: Callable[[Tensor], None] = lambda logits: None,
+    ) -> Tensor:
         """Nats (B * copies, T) of targets (B * copies, T); 0 where there is no target."""
         before, state = self.begin(self._tensor(prompts), len(targets) // len(prompts))
         given = torch.cat([before, targets[:, :-1].clamp(min=0)], 1)
         logits = self.model(**{self.tokens_argument: given}, **state, use_cache=False).logits
+        heed(logits)
         flat = cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=NO_TARGET, reduction="none")
         return flat.view_as(targets).cpu()
 

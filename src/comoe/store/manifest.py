@@ -100,7 +100,9 @@ class LayerEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Certificate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Loss of a chain step against the exact model, on held-out calibration text.
 
-    `loss_worst_domain` is the loss of `worst_domain`, in which it is largest, with its interval.
+    `loss_worst_domain` is the loss of `worst_domain`, in which it is largest, with its interval; `kl` is the mean of
+    the exact model's Kullback-Leibler divergence to the step, in nats; `top1_agreement` says how often their likeliest
+    tokens are the same.
     """
 
     loss: float
@@ -108,6 +110,8 @@ class Certificate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     loss_worst_domain: float
     loss_worst_domain_ci95: tuple[float, float]
     worst_domain: str
+    kl: float | None = None
+    top1_agreement: float | None = None
 
 
 class ChainStep(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -305,7 +309,8 @@ def _is_sound(certificate: Certificate | None) -> bool:
         return True
     intervals = (certificate.loss_ci95, certificate.loss_worst_domain_ci95)
     numbers = (certificate.loss, certificate.loss_worst_domain, *intervals[0], *intervals[1])
-    return _are_finite(numbers) and all(low <= high for low, high in intervals)
+    shares = (certificate.kl or 0.0, certificate.top1_agreement or 0.0)
+    return _are_finite((*numbers, *shares)) and all(low <= high for low, high in intervals)
 
 
 def _check_layer(manifest: Manifest, index: int, path: Path) -> None:
