@@ -29,6 +29,7 @@ from comoe.bench.upcycled import make_upcycled
 from comoe.defaults import FORMS
 from comoe.device.machine import machine
 from comoe.make.calibrate import cut, fitted
+from comoe.make.export import zeros
 from comoe.make.pack import BATCH_WINDOWS, pack
 from comoe.make.protocol import DecoderEvaluation, EncoderDecoderEvaluation
 from comoe.make.recipe import Recipe
@@ -41,7 +42,7 @@ from comoe.runtime.generate import tokenizer_of
 from comoe.store.checkpoint import read_config
 from comoe.store.manifest import Manifest
 from comoe.store.pack import Pack
-from comoe.types import BlobId, ExpertId, Progress
+from comoe.types import ExpertId, Progress
 
 NAME = "ladder"
 OURS = "comoe"
@@ -247,17 +248,11 @@ def _layer_weights(opened: Pack, bank: Bank, layer: int, forms: tuple[str, ...])
     found = []
     for index, form in enumerate(forms):
         if form == "dropped":
-            found.append({name: torch.zeros_like(tensor) for name, tensor in bank.experts[layer][index].items()})
+            found.append(zeros(studied.site, torch.float32))
             continue
-        blobs = [_read(opened, blob) for blob in opened.manifest.blobs(ExpertId(layer, index), form)]
+        blobs = [opened.read_bytes(blob) for blob in opened.manifest.blobs(ExpertId(layer, index), form)]
         found.append({name: tensor.clone() for name, tensor in maths.tensors(form, arrays(blobs)).items()})
     return found
-
-
-def _read(opened: Pack, blob: BlobId) -> bytes:
-    into = bytearray(opened.nbytes(blob))
-    opened.read(blob, memoryview(into))
-    return bytes(into)
 
 
 def _form_shares(manifest: Manifest, step: str) -> dict[str, float]:

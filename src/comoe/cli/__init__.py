@@ -17,6 +17,7 @@ from comoe.cli.config import defaults_of
 from comoe.cli.demo import command as demo
 from comoe.cli.doctor import command as doctor
 from comoe.cli.ending import Commands, drop_unread, last_word
+from comoe.cli.export import command as export
 from comoe.cli.inspect import command as inspect
 from comoe.cli.pack import command as pack
 from comoe.cli.plan import command as plan
@@ -45,6 +46,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "run": run,
     "inspect": inspect,
     "verify": verify,
+    "export": export,
     "doctor": doctor,
     "demo": demo,
     "bench": bench,

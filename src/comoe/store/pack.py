@@ -66,6 +66,12 @@ class Pack:
                 raise CorruptBlob(f"{self._where(blob)} has not the bytes that were packed; {self._remedy(blob)}")
             self._verified.add(blob)
 
+    def read_bytes(self, blob: BlobId) -> bytes:
+        """The bytes of `blob`, in memory of their own."""
+        into = bytearray(self.nbytes(blob))
+        self.read(blob, memoryview(into))
+        return bytes(into)
+
     def pieces(self, blob: BlobId) -> Pieces:
         """Where the bytes of `blob` lie. Paths are absolute."""
         part = self._part(blob)

@@ -1,0 +1,132 @@
+"""Write docs/analysis.md from the raw results of benchmarks/ladder.json: which form wins where, and why."""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+RESULT = Path(__file__).parents[1] / "benchmarks" / "ladder.json"
+FAMILIES = {
+    "fewer bits": ("round to nearest", "gptq"),
+    "fewer experts": ("plain average", "m-smoe", "hc-smoe", "reap", "reap + int4"),
+    "a base and deltas": ("d2-moe", "resmoe"),
+}
+TARGETS = {0.3: 0.001, 0.16: 0.02, 0.08: 0.1}
+
+
+def main() -> None:
+    """Print the page."""
+    print("\n".join(_lines(json.loads(RESULT.read_text("utf-8")))))
+
+
+def _lines(document: dict[str, Any]) -> Iterator[str]:
+    rows, settings = document["rows"], document["settings"]
+    yield "# Which form wins where, and why"
+    yield ""
+    yield "Generated from [ladder.json](../benchmarks/ladder.json) by `make docs`."
+    yield f"{settings['windows_per_domain']} windows in each of {len(settings['domains'])} domains, all experts"
+    yield "resident, transformers' own arithmetic, nothing fine-tuned. Bytes are shares of the experts' bytes as bf16;"
+    yield "losses are relative increases of nats per token, with 95 % intervals."
+    yield ""
+    yield from _short(document)
+    for model in document["models"]:
+        own = [row for row in rows if row["model"] == model]
+        yield f"## {model}"
+        yield ""
+        yield from _against(own)
+        yield from _made_of(own)
+        yield from _ablations(own)
+    yield from _limits(document)
+
+
+def _short(document: dict[str, Any]) -> Iterator[str]:
+    rows = document["rows"]
+    ours = [row for row in rows if row["kind"] == "comoe"]
+    beaten = {(row["model"], row["share"]) for row in document["beaten_by"]}
+    yield "## In short"
+    yield ""
+    yield f"- comoe's chain loses least, or ties, in {len(ours) - len(beaten)} of {len(ours)} cells of model and size."
+    for row in document["beaten_by"]:
+        yield f"- **{row['method']}** is better on {row['model']} at {row['share']:.0%}: comoe's nats are "
+        yield f"  {row['comoe_over_it']:.2%} above its."
+    for share, target in TARGETS.items():
+        cells = [row for row in ours if row["share"] == share]
+        kept = sum(row["loss"] <= target for row in cells)
+        losses = ", ".join(f"{row['model']} {row['loss']:.2%}" for row in cells)
+        yield f"- At {share:.0%} of the bytes a loss of at most {target:.1%} was the target:"
+        yield f"  kept on {kept} of {len(cells)} models, {losses}."
+    uneven = document["worst_domain_over_twice_mean"]
+    yield f"- A worst domain loses more than twice the mean, beyond its interval, in {len(uneven)} cells."
+    yield ""
+
+
+def _against(rows: Sequence[Row]) -> Iterator[str]:
+    shares = sorted({row["share"] for row in rows if row["kind"] == "comoe"}, reverse=True)
+    yield "| at equal bytes | " + " | ".join(f"{share:.0%}" for share in shares) + " |"
+    yield "|---" * (len(shares) + 1) + "|"
+    yield "| **comoe** | " + " | ".join(_cell(rows, "comoe", share) for share in shares) + " |"
+    for family, methods in FAMILIES.items():
+        for method in methods:
+            yield f"| {method} ({family}) | " + " | ".join(_cell(rows, method, share) for share in shares) + " |"
+    yield ""
+
+
+def _cell(rows: Sequence[Row], method: str, share: float) -> str:
+    found = [row for row in rows if row.get("method") == method and row["share"] == share and row["reaches"]]
+    if not found:
+        return "-"
+    low, high = found[0]["loss_ci95"]
+    return f"{found[0]['loss']:.2%} ({low:.2%} to {high:.2%})"
+
+
+def _made_of(rows: Sequence[Row]) -> Iterator[str]:
+    yield "What the chain is made of, share of experts:"
+    yield ""
+    yield "| size | experts in | worst domain |"
+    yield "|---|---|---|"
+    for row in rows:
+        if row["kind"] == "comoe":
+            forms = ", ".join(f"{form} {share:.0%}" for form, share in row["forms"].items())
+            yield f"| {row['share']:.0%} | {forms} | {row['loss_worst_domain']:.2%} ({row['worst_domain']}) |"
+    yield ""
+
+
+def _ablations(rows: Sequence[Row]) -> Iterator[str]:
+    found = [row for row in rows if row["kind"] == "ablation"]
+    if not found:
+        return
+    shares = sorted({row["share"] for row in found}, reverse=True)
+    yield "| without | " + " | ".join(f"{share:.0%}" for share in shares) + " |"
+    yield "|---" * (len(shares) + 1) + "|"
+    yield "| (nothing: the chain) | " + " | ".join(_cell(rows, "comoe", share) for share in shares) + " |"
+    for method in dict.fromkeys(row["method"] for row in found):
+        yield f"| {method} | " + " | ".join(_cell(found, method, share) for share in shares) + " |"
+    yield ""
+
+
+def _limits(document: dict[str, Any]) -> Iterator[str]:
+    """What the figures say of each family of methods."""
+    rows = [row for row in document["rows"] if row["kind"] == "published" and row["reaches"]]
+    yield "## What each family can and cannot do"
+    yield ""
+    for family, methods in FAMILIES.items():
+        losses = {
+            model: min(
+                (row["loss"], row["method"], row["share"])
+                for row in rows
+                if row["model"] == model and row["method"] in methods and row["share"] <= 0.16
+            )
+            for model in document["models"]
+            if any(r["model"] == model and r["method"] in methods and r["share"] <= 0.16 for r in rows)
+        }
+        told = "; ".join(
+            f"{model} {loss:.2%} ({method} at {share:.0%})" for model, (loss, method, share) in losses.items()
+        )
+        yield f"- **{family.capitalize()}**, the best of it at 16 % or less: {told or 'reaches no such size'}."
+    yield "- **comoe's chain** takes from each what pays: bits by how much an expert counts, none for those that hardly"
+    yield "  do, a base and deltas where experts are alike. Certificates decide, per model, at packing time."
+
+
+if __name__ == "__main__":
+    main()
