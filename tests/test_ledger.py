@@ -71,6 +71,19 @@ def test_a_use_is_priced_by_its_rung_and_counted_by_the_form_it_has_there() -> N
     assert found.loss == pytest.approx((0.11 + 3 * 0.33) / 4)
 
 
+@pytest.mark.xfail(strict=True, reason="the price of a mixed floor is spread over uses that it serves exactly, too")
+def test_where_all_coarse_uses_of_a_mixed_floor_take_it_the_loss_is_its_price() -> None:
+    """Experts that the floor has exact are hits in the exact target: the answer is the floor's, use by use."""
+    half = ladder(
+        {"high": 4096, "exact": 8192}, {"half": 0.04}, [[1.0] * 4] * 2, steps={"half": (["exact"] * 2 + ["q4"] * 2) * 2}
+    )
+    found = Ledger(half, 0.05)
+    for layer in (0, 1):
+        found.add(layer, "exact", "exact", 2.0)
+        found.add(layer, "half", "q4", 2.0)
+    assert found.loss == pytest.approx(0.044)
+
+
 def test_uses_whose_gates_are_zero_have_no_share() -> None:
     found = ledger()
     added(found, 0, "q4", 0.0)

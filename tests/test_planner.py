@@ -54,25 +54,32 @@ def pairs(found: Ladder, bound: float) -> Iterator[tuple[Rung | None, Rung]]:
 
 def fastest_ms(planner: Planner, floor: Rung | None, target: Rung, budget: int, bound: float) -> float:
     """Upper end of the time of one pair, written from the definitions; infinite where it does not fit."""
-    found, rates = planner.ladder, planner.costs
-    held = set(floor.parts) if floor else set()
-    streamed = {part: nbytes for part, nbytes in target.parts.items() if part not in held}
-    room = budget - sum(floor.parts.values() if floor else ())
-    whole = sum(streamed.values())
-    if room < min(whole, 2 * sum(target.largest[part] for part in streamed)):
+    rates, use = planner.costs, np.concatenate(planner.ladder.use).tolist()
+    held = blobs_of(floor) if floor else set()
+    streamed = blobs_of(target) - held
+    sizes = target.sizes.tolist()
+    whole, room = sum(sizes[blob] for blob in streamed), budget - sum(sizes[blob] for blob in held)
+    lacking = [sum(sizes[blob] for blob in expert if blob in streamed) for expert in target.needs.tolist()]
+    if room < min(whole, 2 * max(lacking)):
         return inf
-    use = np.concatenate(found.use)
-    unit = -(-whole // len(use))
-    miss = 0.0 if room >= whole else 1 - hit_rate(use, room / unit)
+    partial = [uses for uses, nbytes in zip(use, lacking, strict=True) if nbytes]
+    unit = whole / max(len(partial), 1)
+    miss = 0.0 if room >= whole else sum(partial) / sum(use) * (1 - hit_rate(np.array(partial), room / unit))
     waiting = miss
     if floor is not None:
         # the coarse share c keeps (1 - c) * target + c * floor <= bound
         gap = floor.price - target.price
         coarse = min(miss, (bound - target.price) / gap if gap > 0 else miss)
         waiting = miss - coarse + BACKGROUND_SHARE * coarse
-    read_s = use.sum() * waiting * (unit / rates.read_bps + rates.read_latency_s)
-    compute_s = use.sum() * -(-sum(target.parts.values()) // len(use)) / rates.memory_bps
+    read_s = sum(use) * waiting * (unit / rates.read_bps + rates.read_latency_s)
+    each = [sum(sizes[blob] for blob in expert) for expert in target.needs.tolist()]
+    compute_s = sum(uses * nbytes for uses, nbytes in zip(use, each, strict=True)) / rates.memory_bps
     return float(rates.framework_ms.high + 1.5e3 * (read_s + compute_s))
+
+
+def blobs_of(rung: Rung) -> set[int]:
+    """Every blob that its experts need."""
+    return {blob for expert in rung.needs.tolist() for blob in expert if blob >= 0}
 
 
 @given(planners, shares, bounds)
@@ -177,10 +184,12 @@ def test_a_plan_is_consistent_with_itself(planner: Planner, share: float, bound:
     assert plan is not None
     rung = planner.ladder.rung
     assert sum(plan.shares.values()) == pytest.approx(1) and min(plan.shares.values()) >= 0
-    assert plan.shares.keys() == {plan.target, *([plan.floor] if plan.floor else [])}
+    served = {*rung(plan.target).shares}, {*rung(plan.floor).shares} if plan.floor else set()
+    assert served[0] <= plan.shares.keys() <= served[0] | served[1]
     assert plan.floor_bytes == (rung(plan.floor).nbytes if plan.floor else 0)
     assert rung(plan.target).loss is not None and (plan.floor is None or rung(plan.floor).loss is not None)
-    assert 0 <= plan.hit_rate <= 1 and plan.shares.get(plan.floor or "", 0.0) <= 1 - plan.hit_rate + 1e-9
+    assert 0 <= plan.hit_rate <= 1
+    assert sum(share for form, share in plan.shares.items() if form not in served[0]) <= 1 - plan.hit_rate + 1e-9
     assert plan.ms_per_token.low <= plan.ms_per_token.high and plan.wait_threshold >= 0
 
 
@@ -190,7 +199,8 @@ def test_a_bound_of_zero_means_the_exact_form_and_no_other(planner: Planner, sha
     plan = plan_of(planner, budget_of(planner, share), 0.0)
     assume(plan is not None)
     assert plan is not None
-    assert (plan.target, plan.floor, plan.loss, plan.shares) == ("exact", None, (0, 0), {"exact": 1.0})
+    assert (plan.target, plan.floor, plan.loss) == ("exact", None, (0, 0))
+    assert plan.shares == pytest.approx({"exact": 1.0})
 
 
 def test_with_memory_for_everything_nothing_is_waited_for() -> None:
@@ -295,4 +305,42 @@ def test_a_frontier_holds_plans_that_fit_and_is_empty_where_none_does(
 def test_uniform_keeps_every_expert_of_a_form_resident() -> None:
     plan = uniform(LADDER, "q8")
     assert (plan.target, plan.floor, plan.total_bytes, plan.hit_rate) == ("q8", None, 12 * MIB // 2, 1.0)
-    assert (plan.shares, plan.loss) == ({"q8": 1.0}, LADDER.rung("q8").loss_ci95)
+    assert (plan.shares, plan.loss) == (pytest.approx({"q8": 1.0}), LADDER.rung("q8").loss_ci95)
+
+
+HALF_EXACT = ladder(
+    {"high": MIB // 8, "exact": MIB}, {"half": 0.04}, [[0.5] * 8], steps={"half": ["exact"] * 4 + ["q4"] * 4}
+)
+"""Eight experts, of which the floor keeps four exact."""
+
+
+def test_experts_that_a_mixed_floor_keeps_in_the_targets_form_are_never_streamed() -> None:
+    slow = Costs(read_bps=1e7, read_latency_s=0.0, memory_bps=1e10, framework_ms=Band(0.0, 0.0))
+    floor_bytes = 4 * MIB + 4 * MIB // 8
+    plan = Planner(HALF_EXACT, slow).best(floor_bytes + 2 * MIB, 0.044)
+    assert (plan.floor, plan.target, plan.floor_bytes) == ("half", "exact", floor_bytes)
+    assert plan.hit_rate == pytest.approx(1 - 4 / 8 * 2 / 4)  # half of the uses are streamed, half of those cached
+    assert plan.ms_per_token.low == pytest.approx(1e3 * (4 * 0.25 * BACKGROUND_SHARE * MIB / 1e7 + 4 * MIB / 1e10))
+
+
+@pytest.mark.xfail(strict=True, reason="the price of a mixed floor is spread over uses that it serves exactly, too")
+def test_only_uses_that_a_mixed_floor_serves_coarsely_carry_its_loss() -> None:
+    """Served without any cache, the floor's four coarse experts are half of all uses, and the whole of its 4.4 %."""
+    slow = Costs(read_bps=1e7, read_latency_s=0.0, memory_bps=1e10, framework_ms=Band(0.0, 0.0))
+    plan = Planner(HALF_EXACT, slow).best(4 * MIB + 4 * MIB // 8 + 2 * MIB, 0.044)
+    assert (plan.floor, plan.hit_rate) == ("half", pytest.approx(0.75))
+    assert plan.shares == pytest.approx({"exact": 0.75, "q4": 0.25})
+    assert plan.loss.high == pytest.approx(0.044 / 2)
+
+
+def test_with_room_for_what_a_mixed_floor_lacks_nothing_is_waited_for() -> None:
+    plan = Planner(HALF_EXACT, COSTS).best(9 * MIB, 0.0)
+    assert (plan.floor, plan.total_bytes) == (None, 8 * MIB)
+    rung = HALF_EXACT.rung
+    assert rung("exact").beside(rung("half")) == 4 * MIB
+
+
+def test_uniform_keeps_every_blob_of_a_step_resident() -> None:
+    plan = uniform(HALF_EXACT, "half")
+    assert (plan.target, plan.total_bytes) == ("half", 4 * MIB + 4 * MIB // 8)
+    assert plan.shares == pytest.approx({"q4": 0.5, "exact": 0.5})
