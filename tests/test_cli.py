@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from comoe.make.pack import pack
 from comoe.make.recipe import Recipe
 from comoe.store.blobfile import read_header
+from comoe.store.manifest import read_manifest
 from comoe.store.pack import Pack
 
 TOKENS = ("--calib-tokens", 4096)
@@ -36,10 +37,17 @@ def test_pack_answers_with_the_keys_of_the_contract(comoe: Comoe, tiny_checkpoin
 
 def test_inspect_lists_forms_and_chain(comoe: Comoe, packed: Path) -> None:
     got = document(comoe("inspect", packed, "--json"))
-    assert [form["name"] for form in got["forms"]] == ["merged", "q4", "q8", "exact"]
+    manifest = read_manifest(packed)
+    assert [form["name"] for form in got["forms"]] == list(manifest.forms)
     assert all(form.keys() == {"name", "bytes", "mean_error"} for form in got["forms"])
+    assert [step["step"] for step in got["chain"]] == [step.name for step in manifest.chain]
     assert all(step.keys() >= {"step", "resident_bytes", "loss", "loss_worst_domain"} for step in got["chain"])
-    assert "q8" in comoe("inspect", packed).out
+    assert all(
+        step["loss"] == found.certificate.loss for step, found in zip(got["chain"], manifest.chain[:-1], strict=False)
+    )
+    assert all(sum(step["shares"].values()) == pytest.approx(1) for step in got["chain"])
+    shown = comoe("inspect", packed).out
+    assert all(name in shown for name in (*manifest.forms, *(step.name for step in manifest.chain)))
 
 
 def test_inspect_needs_no_checkpoint_but_says_that_it_is_not_there(comoe: Comoe, copied: Path) -> None:
