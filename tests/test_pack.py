@@ -92,7 +92,7 @@ def test_what_is_done_already_takes_no_time(tiny_checkpoint: Path, monkeypatch: 
     built = replace(recorded, num_experts=0)
     plain = replace(built, num_batches=0)
     left = (whole, recorded, replace(recorded, num_experts=8), built, plain)
-    seconds = [seconds_to_pack(checkpoint, blank(checkpoint), FORMS, each) for each in left]
+    seconds = [seconds_to_pack(checkpoint, blank(checkpoint), Recipe(), FORMS, each) for each in left]
     assert seconds == sorted(seconds, reverse=True)
     assert seconds[1] - seconds[2] == pytest.approx(seconds[2] - seconds[3])  # half of the experts
     assert seconds[-1] == 0

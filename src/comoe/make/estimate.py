@@ -1,7 +1,7 @@
 """What packing takes: bytes by the parts' layout; seconds by one expert's steps, timed here, times their number."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any
 
@@ -9,19 +9,21 @@ import torch
 from torch import Tensor
 
 from comoe.forms.compensate import Gram
-from comoe.forms.quantise import quantise
-from comoe.make.shared import EXPERTS_PER_CLUSTER
-from comoe.make.study import ERROR_TOKENS, blob_bytes, oriented
-from comoe.runtime.hook import expert_forward
+from comoe.forms.distil import BATCH_TOKENS
+from comoe.forms.lowbit import quantise_low
+from comoe.forms.lowrank import factorise
+from comoe.make.calibrate import HELD_OUT
+from comoe.make.chain import PROBED, SHARES
+from comoe.make.layers import own_blobs
+from comoe.make.recipe import Recipe
+from comoe.make.shared import EXPERTS_PER_CLUSTER, SHARING
+from comoe.make.study import Errors, Layer, Study, blob_bytes, oriented
 from comoe.runtime.skeleton import strip
 from comoe.store.checkpoint import Checkpoint, skeleton_of
 from comoe.store.families import experts_modules
-from comoe.store.layout import group_size, layout, quantised
+from comoe.store.layout import group_size, layout, quantised, rank
 from comoe.store.manifest import FORM_PARTS
 from comoe.types import Site
-
-FORM_PASSES = {"merged": 2, "q2": 1, "residual": 2, "lowrank": 2, "q3": 1, "q4": 1, "q8": 1}
-"""How often a form reads an expert again and measures its error on calibration tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,29 +50,47 @@ def blank(checkpoint: Checkpoint) -> Any:
 
 
 @torch.no_grad()
-def seconds_to_pack(checkpoint: Checkpoint, model: Any, forms: Sequence[str], left: Left) -> float:
-    """Seconds for what is `left` of packing `checkpoint` in `forms`; `model` is its `blank`.
+def seconds_to_pack(checkpoint: Checkpoint, model: Any, recipe: Recipe, forms: Sequence[str], left: Left) -> float:
+    """Seconds for what is `left` of packing `checkpoint` in `forms` by `recipe`; `model` is its `blank`.
 
     The steps of one of the largest experts are timed.
     """
     index = max(range(len(checkpoint.sites)), key=lambda at: checkpoint.sites[at].expert_bytes_bf16)
-    module, site = list(experts_modules(model))[index][1], checkpoint.sites[index]
+    layer = Layer(checkpoint, index, list(experts_modules(model))[index][1], None, checkpoint.folder)
+    site = layer.site
     tensors = checkpoint.expert(index, 0)
+    calibrated = left.num_batches > 0
+    study = Study(layer, 0, tensors, _grams(site) if calibrated else {})
     read_s = _timed(lambda: checkpoint.expert(index, 1 % site.num_experts))
     hash_s = _timed(lambda: blob_bytes(site, "exact", {(k, "exact"): v for k, v in tensors.items()}))
-    quantise_s = _timed(lambda: _quantise(site, tensors, compensated=left.num_batches > 0))
-    x = torch.randn(ERROR_TOKENS, next(leaf.cols for leaf in site.leaves if leaf.is_matrix))
+    quantise_s = _timed(lambda: own_blobs(replace(study), forms, Errors(site.num_experts)))
+    x = torch.randn(BATCH_TOKENS, next(leaf.cols for leaf in site.leaves if leaf.is_matrix))
     floats = {name: tensor.float() for name, tensor in tensors.items()}
-    run_s = _timed(lambda: expert_forward(module, x, floats))
-    each = 2 * read_s + 2 * hash_s
+    run_s = _timed(lambda: layer.run(x, floats))
+    num_experts = sum(found.num_experts for found in checkpoint.sites)
     copied_s = 2 * read_s * left.dense_bytes / sum(tensor.nbytes for tensor in tensors.values())
-    quantised_forms = len({"q2", "q3"} & {*forms}) + bool({"q4", "q8"} & {*forms})
-    each += quantised_forms * (read_s + quantise_s)
-    if left.num_batches:
-        each += sum(FORM_PASSES.get(form, 0) for form in forms) * (read_s + 2 * run_s)
-    passes = left.num_batches * (len(forms) / 3 + (not left.recorded))
-    everywhere = passes * (read_s + run_s) * sum(site.num_experts for site in checkpoint.sites)
-    return copied_s + each * left.num_experts + everywhere
+    each = 2 * read_s + 2 * hash_s + quantise_s
+    everywhere = 0.0
+    if calibrated:
+        sharing = bool({*SHARING} & {*forms})
+        each += (len(forms) + 2) * run_s + sharing * _sharing_s(layer, floats, recipe, run_s)
+        steps = len(SHARES) + 2 * len(PROBED) * sharing if recipe.certified else 0
+        everywhere = left.num_batches * (read_s + run_s) * (steps / HELD_OUT + (not left.recorded))
+    return copied_s + each * left.num_experts + everywhere * num_experts
+
+
+def _sharing_s(layer: Layer, floats: dict[str, Tensor], recipe: Recipe, run_s: float) -> float:
+    """Seconds for an expert's part in clusters: its deltas, and its share of teaching the cluster's expert."""
+    leaf = max((leaf for leaf in layer.site.leaves if quantised(leaf)), key=lambda leaf: leaf.size)
+    weight, gram = oriented(leaf, floats[leaf.name]), Gram(torch.eye(leaf.cols))
+    factors_s = _timed(lambda: factorise(weight, rank(leaf), gram))
+    low_s = _timed(lambda: quantise_low(weight, group_size(leaf.cols) or leaf.cols, 2, gram))
+    taught_s = 4 * run_s * recipe.sharing.distil_steps  # backwards takes twice as long as forwards, then Adam
+    return 2 * (factors_s + low_s) + taught_s / EXPERTS_PER_CLUSTER
+
+
+def _grams(site: Site) -> dict[str, Gram]:
+    return {leaf.name: Gram(torch.eye(leaf.cols)) for leaf in site.leaves if quantised(leaf)}
 
 
 def bytes_to_pack(checkpoint: Checkpoint, forms: Sequence[str], *, self_contained: bool) -> int:
@@ -92,14 +112,6 @@ def recording_bytes(checkpoint: Checkpoint, num_tokens: int) -> int:
     """Bytes of what layers see of calibration text, on disk until the pack is whole."""
     widths = [next(leaf.cols for leaf in site.leaves if leaf.is_matrix) for site in checkpoint.sites]
     return num_tokens * sum(4 * width + 12 * checkpoint.experts_per_token for width in widths)
-
-
-def _quantise(site: Site, tensors: dict[str, Tensor], *, compensated: bool) -> None:
-    for leaf in site.leaves:
-        group = group_size(leaf.cols) if quantised(leaf) else None
-        if group is not None:
-            gram = Gram(torch.eye(leaf.cols)) if compensated else None
-            quantise(oriented(leaf, tensors[leaf.name]), group, gram)
 
 
 def _timed(call: Callable[[], object]) -> float:

@@ -10,7 +10,6 @@ from comoe.forms.lowbit import quantise_low
 from comoe.forms.quantise import quantise
 from comoe.make.shared import SHARING, Shared, Sharing
 from comoe.make.study import Errors, Layer, Quantiser, Study, blob_bytes
-from comoe.store.blobfile import BlobWriter
 from comoe.store.layout import layout
 from comoe.store.manifest import FORM_PARTS, LayerEntry, LeafEntry, PartEntry
 
@@ -54,21 +53,22 @@ def _own_parts(layer: Layer, forms: Sequence[str], errors: Errors) -> dict[str, 
     names = list(dict.fromkeys(part for form in own for part in FORM_PARTS[form]))
     writers = {name: layer.writer(name, layer.site.num_experts) for name in names}
     for index in range(layer.site.num_experts if names or "dropped" in forms else 0):
-        study = layer.study(index)
-        blobs = _blobs(study, writers)
-        for form in own:
-            errors.add(study, form, [blobs[part] for part in FORM_PARTS[form]])
-        if "dropped" in forms:
-            errors.add(study, "dropped", [])
+        blobs = own_blobs(layer.study(index), forms, errors)
+        for name, writer in writers.items():
+            writer.add(blobs[name])
     return {name: layer.entry(name, writer.commit()) for name, writer in writers.items()}
 
 
-def _blobs(study: Study, writers: Mapping[str, BlobWriter]) -> dict[str, bytes]:
-    """An expert's blobs by part, written."""
-    fields = {how: study.fields(how) for how in {QUANTISERS[part] for part in writers}}
-    blobs = {part: blob_bytes(study.layer.site, part, fields[QUANTISERS[part]]) for part in writers}
-    for part, writer in writers.items():
-        writer.add(blobs[part])
+def own_blobs(study: Study, forms: Sequence[str], errors: Errors) -> dict[str, bytes]:
+    """An expert's blobs, by part, of those of `forms` that need no other expert; their errors are measured."""
+    own = [form for form in OWN_FORMS if form in forms]
+    parts = dict.fromkeys(part for form in own for part in FORM_PARTS[form])
+    fields = {how: study.fields(how) for how in dict.fromkeys(QUANTISERS[part] for part in parts)}
+    blobs = {part: blob_bytes(study.layer.site, part, fields[QUANTISERS[part]]) for part in parts}
+    for form in own:
+        errors.add(study, form, [blobs[part] for part in FORM_PARTS[form]])
+    if "dropped" in forms:
+        errors.add(study, "dropped", [])
     return blobs
 
 

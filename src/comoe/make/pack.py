@@ -180,7 +180,7 @@ class Packer:
             num_batches=-(-sum(map(len, self._windows.values())) // BATCH_WINDOWS) if self._recipe.texts else 0,
             recorded=(self._work / "calibrated").exists(),
         )
-        self.estimated_s = seconds_to_pack(self._checkpoint, self._blank, self._forms, left)
+        self.estimated_s = seconds_to_pack(self._checkpoint, self._blank, self._recipe, self._forms, left)
         seconds, nbytes = format_seconds(self.estimated_s), format_size(self._pack_bytes)
         takes = f"goes on: about {seconds} more, {nbytes}" if copied else f"takes about {seconds} and {nbytes}"
         say(f"Packing {self._checkpoint.folder} {takes} of disk.")
