@@ -21,12 +21,13 @@ from comoe.bench.material import FULL, QUICK, Material, Scope, read_material
 from comoe.bench.plans import plan_row
 from comoe.bench.rows import Job, RowFile, collect
 from comoe.bench.subject import CONTEXT, Subject
+from comoe.defaults import FORMS
 from comoe.device.machine import machine
-from comoe.make.recipe import Recipe
 from comoe.types import Progress, UsageError
 
 NAME = "quality"
-LADDER = Recipe().forms
+LADDER = ("merged", "q2", "q3", "q4", "q8")
+"""The forms that are scored alone, with all experts in one."""
 
 
 def run(models: Path, shared: Path, *, quick: bool, out: Path | None, progress: Progress) -> dict[str, Any]:
@@ -89,5 +90,5 @@ def _jobs(subject: Subject, settings: dict[str, Any]) -> Iterator[Job]:
     for bound in subject.scope.bounds:
         for share in subject.scope.shares:
             measure = partial(plan_row, subject, bound, share)
-            ladder = {"forms": LADDER}
+            ladder = {"forms": FORMS}
             yield Job({"kind": "plan", **named, "bound": bound, "share": share}, {**depends, **ladder}, measure)

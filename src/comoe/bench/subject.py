@@ -64,7 +64,7 @@ class Subject:
 
     @cached_property
     def _pack(self) -> Path:
-        recipe = Recipe(texts=self.material.calibration, num_tokens=self.scope.calibration_tokens)
+        recipe = Recipe(texts=self.material.calibration, num_tokens=self.scope.calibration_tokens, pruned=False)
         made_of = blake3(repr((self.hash, recipe)).encode()).hexdigest()
         target = self._packs / f"{self.name}-{made_of[:16]}"
         if not target.exists():

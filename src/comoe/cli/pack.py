@@ -34,8 +34,14 @@ def command(
         int, Option(envvar="COMOE_CALIB_TOKENS", min=1024, metavar="N", help="Tokens to calibrate on.")
     ] = CALIBRATION_TOKENS,
     forms: Annotated[
-        str, Option(envvar="COMOE_FORMS", metavar="FORM,FORM", help="Forms beside exact, by commas.")
-    ] = ",".join(FORMS),
+        str | None,
+        Option(
+            envvar="COMOE_FORMS",
+            metavar="FORM,FORM",
+            help="Forms beside exact, by commas, all of them kept; by default those that turn out to be worth their "
+            f"bytes, of {', '.join(FORMS)}.",
+        ),
+    ] = None,
     self_contained: Annotated[bool, switch("self-contained", "Copy the exact experts into the pack.")] = False,
     threads: Threads = None,
     seed: Seed = SEED,
@@ -56,7 +62,8 @@ def command(
 
     quiet_transformers()
     recipe = Recipe(
-        forms=tuple(form.strip() for form in forms.split(",") if form.strip()),
+        forms=FORMS if forms is None else tuple(form.strip() for form in forms.split(",") if form.strip()),
+        pruned=forms is None,
         texts=texts_of(_texts(calib, calibrate)),
         num_tokens=calib_tokens,
         self_contained=self_contained,

@@ -23,7 +23,6 @@ import torch
 from blake3 import blake3
 from torch import Tensor
 
-from comoe.defaults import FORMS
 from comoe.device import process
 from comoe.make.calibrate import LayerInputs, check_calibratable, cut, fitted, held_out, record, recorded
 from comoe.make.certify import Windows, certify
@@ -348,8 +347,7 @@ class Packer:
             self.__dict__.pop(name, None)
         enough = self._recipe.certified and sum(map(len, text.values())) >= MIN_HELD_OUT
         certify = partial(self._certify, text) if enough else None
-        pruned = self._recipe.forms == FORMS
-        return with_chain(manifest, certify, shared=self._recipe.shared, pruned=pruned)
+        return with_chain(manifest, certify, shared=self._recipe.shared, pruned=self._recipe.pruned)
 
     def _certify(self, held_out: Windows, manifest: Manifest) -> dict[str, Certificate]:
         """Certificates of the manifest's chain, but for exact, by step."""

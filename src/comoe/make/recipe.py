@@ -14,9 +14,9 @@ CALIBRATED_FORMS = {"dropped", *SHARING}
 class Recipe:
     """What to make. Without `texts` nothing is calibrated: no shared experts, plain rounding, no chain.
 
-    `shared` says whether the chain may let experts share blobs; None: whichever loses less, measured. The rest is there
-    to be left out by who compares: without `compensated` weights are rounded to nearest, without `certified` no step
-    has a certificate.
+    `pruned`: forms that no step of the chain uses are left out. `shared` says whether the chain may let experts share
+    blobs; None: whichever loses less, measured. The rest is there to be left out by who compares: without `compensated`
+    weights are rounded to nearest, without `certified` no step has a certificate.
     """
 
     forms: tuple[str, ...] = FORMS
@@ -25,6 +25,7 @@ class Recipe:
     self_contained: bool = False
     seed: int = SEED
     threads: int | None = None
+    pruned: bool = True
     sharing: Sharing = AS_MEASURED
     shared: bool | None = None
     compensated: bool = True
