@@ -19,6 +19,9 @@ from comoe.store.layout import group_size, quantised
 from comoe.types import Leaf
 
 PROBE_TOKENS = 512
+MIN_TOKENS = 64
+"""With fewer, published methods that use what an expert saw do without."""
+
 HALF_BYTES = 2
 """Of a bf16 weight, and of a float16 scale."""
 
@@ -149,7 +152,7 @@ def _rounded_expert(
         if not quantised(leaf):
             made[leaf.name] = tensors[leaf.name]
             continue
-        weight = rounded(leaf, oriented(leaf, tensors[leaf.name]), bits, found.get(leaf.name))
+        weight = rounded(leaf, oriented(leaf, tensors[leaf.name]), bits, _plain(found.get(leaf.name)))
         made[leaf.name] = weight.t() if leaf.transposed else weight
     return made
 
@@ -256,6 +259,11 @@ def _base_and_delta(bank: Bank, share: float, *, aligned: bool, whitened: bool) 
     return Approximation(weights, nbytes)
 
 
+def _plain(gram: Gram | None) -> Gram | None:
+    """Damped as the papers do; None where there were too few tokens for that."""
+    return None if gram is None or gram.num_tokens < MIN_TOKENS else Gram(gram.matrix)
+
+
 def _with_delta(
     layer: Layer, index: int, base: dict[str, Tensor], rank: int, *, aligned: bool, whitened: bool
 ) -> dict[str, Tensor]:
@@ -269,7 +277,7 @@ def _with_delta(
         if not quantised(leaf):
             made[leaf.name] = own[leaf.name]
             continue
-        factors = factorise(oriented(leaf, own[leaf.name] - base[leaf.name]), rank, found.get(leaf.name))
+        factors = factorise(oriented(leaf, own[leaf.name] - base[leaf.name]), rank, _plain(found.get(leaf.name)))
         product = factors.out.float() @ factors.inner.float()
         made[leaf.name] = base[leaf.name] + (product.t() if leaf.transposed else product)
     return made

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from comoe.forms.compensate import Gram, damped
+from comoe.forms.compensate import Gram
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,7 @@ def factorise(weight: Tensor, rank: int, gram: Gram | None = None) -> Factors:
     if gram is None:
         left, values, right = torch.linalg.svd(matrix, full_matrices=False)
     else:
-        root = torch.linalg.cholesky(damped(gram.matrix))
+        root = torch.linalg.cholesky(gram.damped)
         left, values, right = torch.linalg.svd(matrix @ root, full_matrices=False)
         right = torch.linalg.solve_triangular(root, right, upper=False, left=False)
     spread = values[:rank].sqrt()

@@ -23,8 +23,9 @@ from comoe.store.layout import group_size, layout, quantised
 from comoe.store.manifest import PartEntry
 from comoe.types import CheckpointError, Leaf, Site
 
-MIN_TOKENS = 64
-"""With fewer calibration tokens an expert's weights are rounded to nearest, not compensated."""
+MIN_TOKENS = 16
+MIN_TOKENS_SHARE = 1 / 16
+"""With fewer calibration tokens, also by column, a matrix is rounded to nearest: compensating gains a tenth at most."""
 
 ERROR_TOKENS = 256
 """Of an expert's calibration tokens, how many its errors are measured on."""
@@ -118,8 +119,7 @@ class Study:
         if self.given is not None:
             return self.given
         x, _ = self.seen
-        enough = self.layer.compensated and len(x) >= MIN_TOKENS
-        return grams(self.layer, x, self.tensors) if enough else {}
+        return grams(self.layer, x, self.tensors) if self.layer.compensated else {}
 
     @property
     def energy(self) -> float | None:
@@ -165,14 +165,17 @@ class Study:
 
 
 def grams(layer: Layer, x: Tensor, tensors: dict[str, Tensor], weight: Tensor | None = None) -> dict[str, Gram]:
-    """X^T X of each matrix's inputs for `x` (T, H), tokens weighted by `weight` (T,) where it is given."""
+    """X^T X of each matrix's inputs for `x` (T, H), tokens weighted by `weight` (T,) where it is given.
+
+    None for a matrix that saw too few.
+    """
     found = {}
     for leaf in layer.site.leaves:
-        if quantised(leaf):
+        if quantised(leaf) and len(x) >= max(MIN_TOKENS, MIN_TOKENS_SHARE * leaf.cols):
             inputs = x if leaf.cols == x.shape[1] and leaf.name not in DOWN else hidden(layer, x, tensors, leaf)
             if inputs is not None:
                 weighted = inputs if weight is None else inputs * weight[:, None]
-                found[leaf.name] = Gram(weighted.t() @ weighted)
+                found[leaf.name] = Gram(weighted.t() @ weighted, len(x))
     return found
 
 
