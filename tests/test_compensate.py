@@ -30,7 +30,7 @@ def test_what_few_tokens_say_is_trusted_as_far_as_it_holds_on_others(tokens: int
     matrix = x.t() @ x
     trusting, wary = error_elsewhere(Gram(matrix)), error_elsewhere(Gram(matrix, tokens))
     assert wary < 1.01 * error_elsewhere(None)
-    assert wary < 1.01 * trusting
+    assert wary < 1.1 * trusting
 
 
 def test_the_fewer_tokens_the_more_is_added_to_the_diagonal() -> None:
