@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from transformers import GenerationMixin
 
 import comoe
-from comoe.defaults import FORMS
 from comoe.kernels import native
 from comoe.make.calibrate import Text
 from comoe.make.pack import pack
@@ -37,6 +36,9 @@ from comoe.types import BlobId
 
 TOLERANCE = 1e-5
 """Of logits in float32: what adding in another order may change."""
+
+SWEPT_FORMS = ("merged", "q4", "q8")
+"""One that is shared, one of a single part, one of two: the others are these parts, or are tested by fewer families."""
 
 CONTEXT = 64
 TEXT = Text("letters", "".join(chr(97 + i * i * i % 26) for i in range(600)))
@@ -92,8 +94,8 @@ class Watched:
 class Subject:
     """A family's tiny checkpoint and its pack; each way of asking it is asked once, computing in `dtype`.
 
-    The pack is calibrated where the family generates text; else it holds no merged experts. Without `checkpoint`, a
-    random one in `dtype` is made.
+    The pack is calibrated where the family generates text, and steps of its chain may share experts; else it holds no
+    merged experts. Without `checkpoint`, a random one in `dtype` is made.
     """
 
     def __init__(
@@ -103,7 +105,7 @@ class Subject:
         dtype: torch.dtype = torch.float32,
         *,
         checkpoint: Path | None = None,
-        forms: Sequence[str] = FORMS,
+        forms: Sequence[str] = SWEPT_FORMS,
     ) -> None:
         self.family, self.dtype = family, dtype
         self._model: Any = None
@@ -112,7 +114,7 @@ class Subject:
             save_random(family, self.checkpoint, dtype)
         save_tokenizer(self.checkpoint)
         texts = (TEXT,) if issubclass(model_class(family), GenerationMixin) else ()
-        recipe = Recipe(tuple(forms), texts, num_tokens=NUM_CALIBRATION_TOKENS, threads=1)
+        recipe = Recipe(tuple(forms), texts, NUM_CALIBRATION_TOKENS, threads=1, pruned=False, shared=True)
         pack(self.checkpoint, self.pack, recipe, lambda step, done: None)
         self.manifest = Pack(self.pack).manifest
         layers = self.manifest.layers
@@ -177,23 +179,26 @@ class Subject:
             return answer(model)
 
     def coarse(self, form: str) -> tuple[Ways, Ways]:
-        """In a quantised or merged form: all in memory, and streamed through the smallest cache."""
+        """In a coarse form or a step of the chain: all in memory, and streamed through the smallest cache."""
         rung = ladder_of(self.manifest).rung(form)
         with self.served(form) as model:
             resident = both_ways(model)
-        with self.served(form, rung.nbytes // self.num_experts + 2 * PAGE) as model:
+        with self.served(form, rung.group_beside(None)) as model:
             return resident, both_ways(model)
 
 
 def both_ways(model: Any) -> Ways:
-    with mock.patch.object(native, "expert", wraps=native.expert) as kernel:
+    with (
+        mock.patch.object(native, "expert", wraps=native.expert) as whole,
+        mock.patch.object(native, "linear", wraps=native.linear) as summed,
+    ):
         usual = answer(model)
-        if not kernel.call_count:
+        calls = whole.call_count + summed.call_count
+        if not calls:
             return Ways(usual, usual, 0)
-        calls = kernel.call_count
         with mock.patch.object(experts, "KERNEL_TOKENS", 0):
             other = answer(model)
-        assert kernel.call_count == calls
+        assert whole.call_count + summed.call_count == calls
         return Ways(usual, other, calls)
 
 

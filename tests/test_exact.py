@@ -88,7 +88,8 @@ def test_finer_forms_are_nearer_to_exact_on_calibration_text(subject: Subject) -
     measured = [layer.errors for layer in subject.manifest.layers if layer.errors]
     assert measured
     for errors in measured:
-        assert 0 < errors["q8"] < 1e-3 < errors["q4"] < 0.05 < errors["merged"]
+        q8, q4, merged = (sum(errors[form]) for form in ("q8", "q4", "merged"))
+        assert 0 < q8 < 1e-3 < q4 < 0.05 < merged
 
 
 def test_the_familys_row_of_the_page_is_what_the_sweep_finds(subject: Subject) -> None:
@@ -149,11 +150,26 @@ def test_a_prompt_of_several_chunks_is_exact(family: str, tmp_path: Path) -> Non
 
 
 def test_coarse_forms_are_the_same_from_any_cache_and_from_the_kernel_as_from_torch(coarse: Subject) -> None:
+    assert coarse.manifest.forms == tuple(FORM_PARTS)
     for form in coarse.manifest.forms[:-1]:
-        resident, streamed = coarse.coarse(form)
-        assert streamed.equals(resident)
-        assert_close(resident.kernel, resident.torch)
-        assert not resident.kernel.equals(coarse.resident.kernel)
+        assert_coarse(coarse, form)
+
+
+def test_steps_of_mixed_forms_are_the_same_from_any_cache_and_from_the_kernel_as_from_torch(coarse: Subject) -> None:
+    steps = coarse.manifest.chain[:-1]
+    forms = {step.name: {*"".join(step.assignment)} for step in steps}
+    most_mixed = max(forms, key=lambda name: len(forms[name]))
+    assert len(forms[most_mixed]) > 1
+    for name in {steps[0].name, most_mixed, steps[-1].name}:
+        assert_coarse(coarse, name)
+
+
+def assert_coarse(subject: Subject, rung: str) -> None:
+    resident, streamed = subject.coarse(rung)
+    assert streamed.equals(resident)
+    assert_close(resident.kernel, resident.torch)
+    assert bool(resident.calls) == (bool(subject.resident.calls) and rung != "dropped")
+    assert not resident.kernel.equals(subject.resident.kernel)
 
 
 # --- quantised checkpoints ---
