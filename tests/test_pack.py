@@ -17,7 +17,9 @@ from comoe.make.calibrate import texts_of
 from comoe.make.estimate import Left, blank, seconds_to_pack
 from comoe.make.pack import pack
 from comoe.make.recipe import Recipe
+from comoe.plan.ladder import ladder_of
 from comoe.store.checkpoint import Checkpoint
+from comoe.store.manifest import FORM_PARTS
 from comoe.store.pack import Pack
 from comoe.types import CheckpointError, MissingShard, NotFinite, StorageFull, TruncatedShard, UsageError
 
@@ -35,32 +37,95 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return calibration_text(tmp_path_factory.mktemp("text"))
 
 
+def named(text: Path) -> Recipe:
+    """`FORMS` and no others, as --forms asks for them."""
+    return Recipe(forms=FORMS, pruned=False, texts=texts_of([text]), num_tokens=TOKENS)
+
+
+def default(text: Path) -> Recipe:
+    """What is made where nobody names forms."""
+    return Recipe(texts=texts_of([text]), num_tokens=TOKENS)
+
+
 @pytest.fixture(scope="module")
 def packed(tiny_checkpoint: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("packs") / "tiny.comoe"
-    pack(tiny_checkpoint, target, Recipe(forms=FORMS, texts=texts_of([text]), num_tokens=TOKENS), QUIET)
+    pack(tiny_checkpoint, target, named(text), QUIET)
+    return target
+
+
+@pytest.fixture(scope="module")
+def by_default(tiny_checkpoint: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("packs") / "tiny.comoe"
+    pack(tiny_checkpoint, target, default(text), QUIET)
     return target
 
 
 def test_the_same_input_gives_the_same_bytes(packed: Path, tiny_checkpoint: Path, text: Path, tmp_path: Path) -> None:
     again = tmp_path / "again.comoe"
-    pack(tiny_checkpoint, again, Recipe(forms=FORMS, texts=texts_of([text]), num_tokens=TOKENS), QUIET)
+    pack(tiny_checkpoint, again, named(text), QUIET)
     assert files_of(again) == files_of(packed)
 
 
-def test_every_form_is_certified_and_finer_ones_lose_less(packed: Path) -> None:
+def test_another_seed_is_another_input(packed: Path, tiny_checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    pack(tiny_checkpoint, tmp_path / "p", replace(named(text), seed=1), QUIET)
+    assert files_of(tmp_path / "p") != files_of(packed)
+
+
+def test_every_step_below_exact_is_certified_and_takes_more_bytes_than_the_one_before(packed: Path) -> None:
     manifest = Pack(packed).manifest
-    assert [step.form for step in manifest.chain] == [*FORMS, "exact"]
-    errors = [sum(layer.errors[form] for layer in manifest.layers) for form in FORMS]
+    *steps, exact = manifest.chain
+    assert len(steps) > 5 and exact.name == "exact"
+    assert all(step.certificate is not None for step in steps)
+    sizes = [manifest.form_bytes(step.name) for step in manifest.chain]
+    assert sizes == sorted(sizes) and len({*sizes}) == len(sizes)
+    memory = [step.resident_bytes for step in manifest.chain]  # of tiny blobs each takes a page, whatever its form
+    assert all(took >= nbytes for took, nbytes in zip(memory, sizes, strict=True))
+
+
+def test_finer_forms_lose_less_on_the_layers_outputs(packed: Path) -> None:
+    layers = Pack(packed).manifest.layers
+    assert all(len(found) == layer.num_experts for layer in layers for found in layer.errors.values())
+    errors = [sum(sum(layer.errors[form]) for layer in layers) for form in FORMS]
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] > 0
-    assert manifest.chain[-1].loss == 0
+
+
+def test_forms_that_were_named_are_in_the_pack(packed: Path) -> None:
+    manifest = Pack(packed).manifest
+    assert manifest.forms == (*FORMS, "exact")
+    assert all(layer.parts.keys() == {"merged", "q2", "q3", "high", "low", "exact"} for layer in manifest.layers)
+
+
+@pytest.mark.parametrize(("pruned", "forms"), [(False, ("merged", "q4", "exact")), (True, ("q4", "exact"))])
+def test_a_form_that_no_step_takes_stays_unless_forms_are_pruned(
+    tiny_checkpoint: Path, text: Path, tmp_path: Path, pruned: bool, forms: tuple[str, ...]
+) -> None:
+    """With too little text to certify, no step shares experts."""
+    recipe = Recipe(forms=("merged", "q4"), texts=texts_of([text]), num_tokens=1024, pruned=pruned)
+    assert pack(tiny_checkpoint, tmp_path / "p", recipe, QUIET).forms == forms
+    manifest = Pack(tmp_path / "p").manifest
+    taken = {form for step in manifest.chain for layer in manifest.assignment(step.name) for form in layer}
+    assert (manifest.forms, taken) == (forms, {"q4", "exact"})
+    assert bool(list((tmp_path / "p").glob("*merged*"))) == (not pruned)
+
+
+def test_by_default_forms_that_no_step_takes_are_left_out_and_their_files_too(by_default: Path) -> None:
+    manifest = Pack(by_default).manifest
+    taken = {form for step in manifest.chain for layer in manifest.assignment(step.name) for form in layer}
+    assert {*manifest.forms} == taken and len(taken) < len(FORM_PARTS)
+    parts = {part for form in taken for part in FORM_PARTS[form]}
+    assert all(layer.parts.keys() == parts for layer in manifest.layers)
+    assert all(layer.errors.keys() == taken - {"exact"} for layer in manifest.layers)
+    files = {part.file for layer in manifest.layers for part in layer.parts.values() if part.file}
+    assert {path.name for path in by_default.glob("[0-9]*")} == files
+    assert Pack(by_default).broken_files() == []
 
 
 def test_without_calibration_there_is_no_merged_form_and_no_certificate(tiny_checkpoint: Path, tmp_path: Path) -> None:
     report = pack(tiny_checkpoint, tmp_path / "plain", Recipe(), QUIET)
     manifest = Pack(tmp_path / "plain").manifest
-    assert report.forms == manifest.forms == ("q4", "q8", "exact")
+    assert report.forms == manifest.forms == ("q2", "q3", "q4", "q8", "exact")
     assert manifest.chain == ()
     assert manifest.provenance.calibration == "none"
 
@@ -98,42 +163,39 @@ def test_what_is_done_already_takes_no_time(tiny_checkpoint: Path, monkeypatch: 
     assert seconds[-1] == 0
 
 
+KILLED = {
+    "with one layer done": ("layer 2", ("--forms", ",".join(FORMS)), ["000.json"]),
+    "while its chain is certified": ("certificate", (), ["000.json", "001.json"]),
+}
+
+
+@pytest.mark.parametrize(("step", "forms", "layers"), KILLED.values(), ids=KILLED.keys())
 def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
-    packed: Path, tiny_checkpoint: Path, text: Path, tmp_path: Path
+    packed: Path,
+    by_default: Path,
+    tiny_checkpoint: Path,
+    text: Path,
+    tmp_path: Path,
+    step: str,
+    forms: tuple[str, ...],
+    layers: list[str],
 ) -> None:
     target = tmp_path / "killed.comoe"
-    words = (
-        "pack",
-        tiny_checkpoint,
-        "-o",
-        target,
-        "--calib",
-        text,
-        "--calib-tokens",
-        TOKENS,
-        "--forms",
-        ",".join(FORMS),
-    )
-    process = spawn(*words)
+    process = spawn("pack", tiny_checkpoint, "-o", target, "--calib", text, "--calib-tokens", TOKENS, *forms)
     assert process.stderr is not None
     for line in process.stderr:
-        if "layer 2" in line:
+        if step in line:
             process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert not target.exists()
     done = sorted((tmp_path / "killed.comoe.partial" / "work").glob("*.json"))
-    assert [path.name for path in done] == ["000.json"]
+    assert [path.name for path in done] == layers
     told: list[str] = []
-    pack(
-        tiny_checkpoint,
-        target,
-        Recipe(forms=FORMS, texts=texts_of([text]), num_tokens=TOKENS),
-        lambda s, d: told.append(s),
-        told.append,
-    )
+    recipe, whole = (named(text), packed) if forms else (default(text), by_default)
+    pack(tiny_checkpoint, target, recipe, lambda step, done: told.append(step), told.append)
     assert "goes on" in told[0]
     assert "calibration" not in told
-    assert files_of(target) == files_of(packed)
+    assert files_of(target) == files_of(whole)
     assert not (tmp_path / "killed.comoe.partial").exists()
 
 
@@ -278,7 +340,9 @@ def test_calibration_files_of_one_name_are_refused(tmp_path: Path) -> None:
 
 def test_too_little_text_gives_no_certificate(tiny_checkpoint: Path, text: Path, tmp_path: Path) -> None:
     pack(tiny_checkpoint, tmp_path / "p", Recipe(forms=("q4",), texts=texts_of([text]), num_tokens=1024), QUIET)
-    assert Pack(tmp_path / "p").manifest.chain == ()
+    manifest = Pack(tmp_path / "p").manifest
+    assert len(manifest.chain) > 1 and all(step.certificate is None for step in manifest.chain)
+    assert ladder_of(manifest).forms(0.5) == ("exact",)
 
 
 def test_a_pack_is_no_checkpoint(packed: Path, tmp_path: Path) -> None:
