@@ -63,7 +63,6 @@ def test_rungs_are_the_packs_forms_then_the_steps_of_its_chain_and_exact_once_at
         assert [rung.name for rung in read(change).rungs][-1] == "exact"
 
 
-@pytest.mark.xfail(strict=True, raises=StopIteration, reason="Ladder.rung says KeyError and raises StopIteration")
 def test_a_form_or_step_that_is_not_there_is_a_key_error(read: Callable[..., Ladder]) -> None:
     for name in ("q2", "12%"):
         with pytest.raises(KeyError):

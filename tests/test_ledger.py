@@ -135,7 +135,6 @@ def test_a_form_without_certificate_is_counted_at_no_price() -> None:
     assert (found.loss, found.shares()) == (0.0, {"q8": 1.0})
 
 
-@pytest.mark.xfail(strict=True, raises=StopIteration, reason="Ladder.rung says KeyError and raises StopIteration")
 def test_a_form_that_the_pack_has_not_is_a_key_error() -> None:
     with pytest.raises(KeyError):
         added(ledger(), 0, "q2", 1.0)

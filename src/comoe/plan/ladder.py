@@ -137,7 +137,10 @@ class Ladder:
 
     def rung(self, name: str) -> Rung:
         """KeyError where the pack has no such form or step."""
-        return next(rung for rung in self.rungs if rung.name == name)
+        for rung in self.rungs:
+            if rung.name == name:
+                return rung
+        raise KeyError(name)
 
 
 def ladder_of(manifest: Manifest) -> Ladder:

@@ -292,11 +292,15 @@ def _check_chain(manifest: Manifest, path: Path) -> None:
     names = [step.name for step in manifest.chain]
     distinct = len({*names}) == len(names) and not {*names} & ({*manifest.forms} - {"exact"})
     _refuse_unless(distinct, path, "two steps of its chain have one name")
+    _refuse_unless("exact" not in names[:-1], path, "a step of its chain comes after exact")
     digits = {*DIGITS[: len(manifest.forms)]}
     experts = [layer.num_experts for layer in manifest.layers]
     for step in manifest.chain:
-        sound = [len(layer) for layer in step.assignment] == experts and {*"".join(step.assignment)} <= digits
+        used = {*"".join(step.assignment)}
+        sound = [len(layer) for layer in step.assignment] == experts and used <= digits
         _refuse_unless(sound, path, f"the chain's step {step.name!r} does not give every expert a form")
+        sound = step.name != "exact" or used == {DIGITS[len(manifest.forms) - 1]}
+        _refuse_unless(sound, path, "the chain's exact step has experts that are not exact")
         _refuse_unless(
             step.resident_bytes >= 0 and _is_sound(step.certificate),
             path,
