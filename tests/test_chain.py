@@ -32,13 +32,14 @@ def choices(draw: st.DrawFn, *, ordered: bool = False, most: int = 5) -> Choices
     nbytes = rng.integers(0, 20, (num_forms, num_experts)).astype(float)
     if ordered:
         errors, nbytes = -np.sort(-errors, 0), np.sort(nbytes, 0)
-    shares = [False, *(draw(st.booleans()) for _ in range(num_forms - 2)), False]
+    shares = [None, *(draw(st.sampled_from([None, "merged", "base"])) for _ in range(num_forms - 2)), None]
     candidates = [Candidate(str(at), errors[at], nbytes[at], shares[at]) for at in range(num_forms)]
     if not draw(st.booleans()):
         candidates = [Candidate(str(at), errors[at], nbytes[at]) for at in range(num_forms)]
-        return Choices(tuple(candidates), np.array([], np.int64), np.array([]))
-    cluster = rng.integers(0, draw(st.integers(1, num_experts)), num_experts)
-    return Choices(tuple(candidates), cluster, rng.integers(1, 30, cluster.max() + 1).astype(float))
+        return Choices(tuple(candidates), np.array([], np.int64), {})
+    cluster = np.unique(rng.integers(0, draw(st.integers(1, num_experts)), num_experts), return_inverse=True)[1]
+    sizes = {part: rng.integers(1, 30, cluster.max() + 1).astype(float) for part in ("merged", "base")}
+    return Choices(tuple(candidates), cluster, sizes)
 
 
 def slow_bytes(found: Choices, assignment: Sequence[int]) -> float:
@@ -46,9 +47,9 @@ def slow_bytes(found: Choices, assignment: Sequence[int]) -> float:
     total, opened = 0.0, set()
     for expert, at in enumerate(assignment):
         total += found.candidates[at].nbytes[expert]
-        if found.candidates[at].shared:
-            opened.add(int(found.cluster[expert]))
-    return total + sum(found.shared_nbytes[cluster] for cluster in opened)
+        if part := found.candidates[at].shared:
+            opened.add((part, int(found.cluster[expert])))
+    return total + sum(found.shared_nbytes[part][cluster] for part, cluster in opened)
 
 
 def slow_error(found: Choices, assignment: Sequence[int]) -> float:
@@ -90,13 +91,12 @@ def test_the_best_assignment_is_that_of_brute_force(
 def pair(merged: float, fine: float) -> Choices:
     """Two experts of one cluster whose coarsest form is shared: 10 bytes for both; the fine one has 8 bytes each."""
     candidates = (
-        Candidate("merged", np.array([merged, merged]), np.zeros(2), True),
+        Candidate("merged", np.array([merged, merged]), np.zeros(2), "merged"),
         Candidate("fine", np.array([fine, fine]), np.full(2, 8.0)),
     )
-    return Choices(candidates, np.zeros(2, np.int64), np.array([10.0]))
+    return Choices(candidates, np.zeros(2, np.int64), {"merged": np.array([10.0])})
 
 
-@pytest.mark.xfail(strict=True, reason="an expert that can only share does not open its cluster's blob to the others")
 def test_a_blob_that_one_expert_cannot_do_without_costs_the_others_nothing() -> None:
     found, finest = pair(merged=0.5, fine=0.0), np.array([0, 1])
     best = found.best(0.1, finest)
@@ -112,10 +112,10 @@ def test_a_shared_blob_is_opened_when_its_members_together_save_its_price() -> N
 
 def test_an_infinite_error_is_never_chosen() -> None:
     candidates = (
-        Candidate("merged", np.array([np.inf, 0.1]), np.zeros(2), True),
+        Candidate("merged", np.array([np.inf, 0.1]), np.zeros(2), "merged"),
         Candidate("fine", np.zeros(2), np.full(2, 100.0)),
     )
-    found = Choices(candidates, np.array([0, 1]), np.array([1.0, 1.0]))
+    found = Choices(candidates, np.array([0, 1]), {"merged": np.array([1.0, 1.0])})
     assert found.best(1e6).tolist() == [1, 0]
 
 
@@ -157,8 +157,8 @@ def test_steps_are_distinct_and_nested_and_share_blobs_up_to_a_size_alone(
 ) -> None:
     steps = sweep(found, budgets, shared_up_to)
     assert len({tuple(step) for step in steps}) == len(steps)
-    for coarse, fine in pairwise(steps):
-        assert (coarse <= fine).all()
+    anew = [not (coarse <= fine).all() for coarse, fine in pairwise(steps)]
+    assert sum(anew) <= (bool(found.shared_nbytes) and 0 < shared_up_to < np.inf)  # where sharing begins
     for step in steps:
         nbytes = found.nbytes(step)
         assert nbytes <= max(budgets)
@@ -177,15 +177,14 @@ def test_more_bytes_lose_less_and_every_budget_has_its_step(found: Choices, budg
         assert (within(found, budget, sharing=False) is None) == (not any(size <= budget for size in sizes))
 
 
-@pytest.mark.xfail(strict=True, reason="a budget that the finer step fits takes a step of more bytes")
 def test_room_that_the_finer_step_leaves_is_not_filled_by_a_coarser_one() -> None:
     candidates = (
         Candidate("dropped", np.full(2, 1.0), np.zeros(2)),
-        Candidate("lowrank", np.full(2, 0.05), np.full(2, 5.0), True),
+        Candidate("lowrank", np.full(2, 0.05), np.full(2, 5.0), "base"),
         Candidate("q2", np.full(2, 0.1), np.full(2, 10.0)),
         Candidate("q3", np.full(2, 0.001), np.full(2, 16.0)),
     )
-    found = Choices(candidates, np.zeros(2, np.int64), np.array([18.0]))
+    found = Choices(candidates, np.zeros(2, np.int64), {"base": np.array([18.0])})
     assert [found.nbytes(step) for step in sweep(found, [29, 31])] == [20]
 
 

@@ -246,7 +246,8 @@ def _base_and_delta(bank: Bank, share: float, *, aligned: bool, whitened: bool) 
     nbytes = 0
     for layer, experts in zip(bank.layers, bank.experts, strict=True):
         leaves = layer.site.leaves
-        room = share * bank.expert_nbytes - bank.expert_nbytes / len(experts)
+        kept = sum(HALF_BYTES * leaf.size for leaf in leaves if not quantised(leaf))
+        room = share * bank.expert_nbytes - bank.expert_nbytes / len(experts) - kept
         per_rank = sum(HALF_BYTES * (leaf.rows + leaf.cols) for leaf in leaves if quantised(leaf))
         rank = int(room // per_rank)
         if rank < 1:
@@ -255,7 +256,7 @@ def _base_and_delta(bank: Bank, share: float, *, aligned: bool, whitened: bool) 
         base = merge(experts, masses, layer.units if aligned else None)
         weights.append([_with_delta(layer, index, base, rank, aligned=aligned, whitened=whitened)
                         for index in range(len(experts))])  # fmt: skip
-        nbytes += bank.expert_nbytes + len(experts) * rank * per_rank
+        nbytes += bank.expert_nbytes + len(experts) * (rank * per_rank + kept)
     return Approximation(weights, nbytes)
 
 

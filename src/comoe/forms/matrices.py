@@ -10,12 +10,12 @@ from comoe.store.layout import group_size, rank
 from comoe.types import Leaf
 
 EXACT_CODES = {"float32": Code.F32, "bfloat16": Code.BF16, "float16": Code.F16}
-FORM_CODES = {"merged": Code.Q4, "q2": Code.Q2, "q3": Code.Q3, "q4": Code.Q4, "q8": Code.Q8}
+FORM_CODES = {"base": Code.Q4, "merged": Code.Q4, "q2": Code.Q2, "q3": Code.Q3, "q4": Code.Q4, "q8": Code.Q8}
 
 FACTORS = "factors"
 """How a matrix is written that is a product of two."""
 
-SUMS = {"lowrank": ("merged", FACTORS), "residual": ("merged", "q2")}
+SUMS = {"lowrank": ("base", FACTORS), "residual": ("base", "q2")}
 """Forms whose matrices are sums: how each of their parts is written."""
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from comoe.make.shared import SHARING
 from comoe.plan.chain import Candidate, Choices, sweep
 from comoe.plan.ladder import Array, Indices, ladder_of
-from comoe.store.manifest import DIGITS, FORM_PARTS, SHARED_PART, Certificate, ChainStep, Manifest
+from comoe.store.manifest import DIGITS, FORM_PARTS, SHARED_PARTS, Certificate, ChainStep, Manifest
 
 SHARES = (
     *(0.02, 0.03, 0.04, 0.05, 0.06, 0.07, 0.08, 0.09, 0.1, 0.11, 0.12, 0.14),
@@ -57,7 +57,8 @@ def choices_of(manifest: Manifest) -> Choices | None:
     candidates = []
     for form in forms:
         errors = np.where(alone, np.inf, _errors(manifest, form)) if form in SHARING else _errors(manifest, form)
-        candidates.append(Candidate(form, errors, _bytes(manifest, form), form in SHARING))
+        shared = next((part for part in FORM_PARTS[form] if part in SHARED_PARTS), None)
+        candidates.append(Candidate(form, errors, _bytes(manifest, form), shared))
     return Choices(tuple(candidates), cluster, sizes)
 
 
@@ -119,7 +120,7 @@ def restricted(manifest: Manifest, forms: Sequence[str]) -> Manifest:
             layer,
             parts={part: entry for part, entry in layer.parts.items() if part in parts},
             errors={form: found for form, found in layer.errors.items() if form in forms},
-            clusters=layer.clusters if SHARED_PART in parts else (),
+            clusters=layer.clusters if parts & {*SHARED_PARTS} else (),
         )
         for layer in manifest.layers
     )
@@ -152,17 +153,19 @@ def _errors(manifest: Manifest, form: str) -> Array:
 
 def _bytes(manifest: Manifest, form: str) -> Array:
     """Bytes (N,) of each expert's own blobs in `form`."""
-    own = [part for part in FORM_PARTS[form] if part != SHARED_PART]
+    own = [part for part in FORM_PARTS[form] if part not in SHARED_PARTS]
     layers = ([float(sum(layer.parts[part].nbytes for part in own))] * layer.num_experts for layer in manifest.layers)
     return np.concatenate([np.array(layer) for layer in layers])
 
 
-def _clusters(manifest: Manifest) -> tuple[Indices, Array]:
-    """The cluster (N,) of every expert, numbered through all layers, and the bytes (C,) of each one's blob."""
+def _clusters(manifest: Manifest) -> tuple[Indices, dict[str, Array]]:
+    """The cluster (N,) of every expert, numbered through all layers, and the bytes (C,) of its blob of every part."""
     numbers: list[int] = []
-    sizes: list[float] = []
+    sizes: dict[str, list[float]] = {part: [] for part in SHARED_PARTS if part in manifest.layers[0].parts}
+    first = 0
     for layer in manifest.layers:
-        numbers += [len(sizes) + cluster for cluster in layer.clusters]
-        if SHARED_PART in layer.parts:
-            sizes += [float(layer.parts[SHARED_PART].nbytes)] * layer.parts[SHARED_PART].rows
-    return np.array(numbers, np.int64), np.array(sizes)
+        numbers += [first + cluster for cluster in layer.clusters]
+        for part, found in sizes.items():
+            found += [float(layer.parts[part].nbytes)] * layer.parts[part].rows
+        first += max(layer.clusters, default=-1) + 1
+    return np.array(numbers, np.int64), {part: np.array(found) for part, found in sizes.items()}

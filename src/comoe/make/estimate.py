@@ -22,7 +22,7 @@ from comoe.runtime.skeleton import strip
 from comoe.store.checkpoint import Checkpoint, skeleton_of
 from comoe.store.families import experts_modules
 from comoe.store.layout import group_size, layout, quantised, rank
-from comoe.store.manifest import FORM_PARTS
+from comoe.store.manifest import FORM_PARTS, SHARED_PARTS
 from comoe.types import Site
 
 
@@ -96,7 +96,7 @@ def _grams(site: Site) -> dict[str, Gram]:
 def bytes_to_pack(checkpoint: Checkpoint, forms: Sequence[str], *, self_contained: bool) -> int:
     """Bytes that a pack in `forms` will take on disk, but for small files."""
     parts = {part for form in forms for part in FORM_PARTS[form]} - (set() if self_contained else {"exact"})
-    rows = {part: 1 / EXPERTS_PER_CLUSTER if part == "merged" else 1.0 for part in parts}
+    rows = {part: 1 / EXPERTS_PER_CLUSTER if part in SHARED_PARTS else 1.0 for part in parts}
     sizes = ((site, part, layout(site, part).stride) for site in checkpoint.sites for part in parts)
     return int(sum(site.num_experts * rows[part] * stride for site, part, stride in sizes)) + bytes_outside_experts(
         checkpoint

@@ -49,33 +49,42 @@ class Shared:
     def __init__(self, layer: Layer, how: Sharing) -> None:
         self._layer, self._how = layer, how
         self._units = layer.units if how.aligned else None
+        self._blobs: dict[str, list[bytes]] = {}
         self.tree = dendrogram(output_distances(self._outputs()))
         self.clusters = clusters(self.tree, max(1, layer.site.num_experts // EXPERTS_PER_CLUSTER))
 
     def parts(self, forms: Sequence[str], errors: Errors) -> dict[str, PartEntry]:
-        """Write the merged experts and, for forms that need them, the deltas; measure all."""
-        layer = self._layer
-        rows = max(self.clusters) + 1
-        blobs = [self._merged(cluster) for cluster in range(rows)]
-        writer = layer.writer("merged", rows)
-        for blob in blobs:
-            writer.add(blob)
-        parts = {"merged": layer.entry("merged", writer.commit())}
+        """Write what the clusters of `forms` need, and deltas; measure all of them."""
         wanted = [form for form in DELTAS if form in forms]
-        writers = {form: layer.writer(FORM_PARTS[form][-1], layer.site.num_experts) for form in wanted}
+        parts = self._write_clusters("merged", self._merged) if "merged" in forms else {}
+        parts |= self._write_clusters("base", self._average) if wanted else {}
+        writers = {form: self._layer.writer(FORM_PARTS[form][-1], self._layer.site.num_experts) for form in wanted}
         for index, cluster in enumerate(self.clusters):
-            study = layer.study(index)
+            study = self._layer.study(index)
             if "merged" in forms:
-                errors.add(study, "merged", [blobs[cluster]])
-            lacking = self._lacking(study, blobs[cluster]) if wanted else study
+                errors.add(study, "merged", [self._blobs["merged"][cluster]])
+            base = self._blobs["base"][cluster] if wanted else b""
+            lacking = self._lacking(study, base) if wanted else study
             for form, writer in writers.items():
                 delta = DELTAS[form](lacking)
                 writer.add(delta)
-                errors.add(study, form, [blobs[cluster], delta])
+                errors.add(study, form, [base, delta])
         for form, writer in writers.items():
             part = FORM_PARTS[form][-1]
-            parts[part] = layer.entry(part, writer.commit())
+            parts[part] = self._layer.entry(part, writer.commit())
         return parts
+
+    def _write_clusters(self, part: str, make: Callable[[Sequence[Study]], bytes]) -> dict[str, PartEntry]:
+        """Write what `make` makes of every cluster's members."""
+        rows = max(self.clusters) + 1
+        writer = self._layer.writer(part, rows)
+        self._blobs[part] = [make(self._members(cluster)) for cluster in range(rows)]
+        for blob in self._blobs[part]:
+            writer.add(blob)
+        return {part: self._layer.entry(part, writer.commit())}
+
+    def _members(self, cluster: int) -> list[Study]:
+        return [self._layer.study(index) for index, found in enumerate(self.clusters) if found == cluster]
 
     def _outputs(self) -> Tensor:
         """What all experts (E, S, H) put out on the same few inputs: some of those that they saw, noise for none."""
@@ -94,18 +103,24 @@ class Shared:
         assert self._layer.inputs is not None
         return self._layer.inputs.mass(self._layer.site.num_experts)
 
-    def _merged(self, cluster: int) -> bytes:
+    def _merged(self, members: Sequence[Study]) -> bytes:
         """The expert of a cluster: the average of its members, taught to put out what they do."""
-        layer = self._layer
-        members = [layer.study(index) for index, found in enumerate(self.clusters) if found == cluster]
-        weights = merge([m.tensors for m in members], [self._masses[m.index] for m in members], self._units)
-        lessons = self._lessons(members)
-        found = {}
-        if len(lessons.x):
-            weights = self._taught(weights, lessons) if self._how.distil_steps else weights
-            found = grams(layer, lessons.x, weights, lessons.gate)
+        weights, lessons = self._weights(members), self._lessons(members)
+        if len(lessons.x) and self._how.distil_steps:
+            weights = self._taught(weights, lessons)
+        return self._stored("merged", members, weights, lessons)
+
+    def _average(self, members: Sequence[Study]) -> bytes:
+        """The average of a cluster's members, from which deltas are small: teaching leads away from all of them."""
+        return self._stored("base", members, self._weights(members), self._lessons(members))
+
+    def _weights(self, members: Sequence[Study]) -> dict[str, Tensor]:
+        return merge([m.tensors for m in members], [self._masses[m.index] for m in members], self._units)
+
+    def _stored(self, part: str, members: Sequence[Study], weights: dict[str, Tensor], lessons: Lessons) -> bytes:
+        found = grams(self._layer, lessons.x, weights, lessons.gate) if len(lessons.x) else {}
         stored = {name: tensor.to(members[0].tensors[name].dtype) for name, tensor in weights.items()}
-        return Study(layer, members[0].index, stored, found).blob("merged", quantise)
+        return Study(self._layer, members[0].index, stored, found).blob(part, quantise)
 
     def _lessons(self, members: Sequence[Study]) -> Lessons:
         """What the members see, as much of each as its share of all, and put out."""

@@ -227,7 +227,7 @@ class Errors:
     def added(self) -> dict[str, tuple[float, ...]]:
         """Error that each expert in a form adds to the layer's; empty where no expert saw anything.
 
-        One that no text reached counts as used once, with the mean of the others: other text may ask for it.
+        One that no text reached counts as much as the least used, with the mean relative error: other text may want it.
         """
         known = [energy for energy in self._energy if energy is not None]
         if not known or not sum(known):

@@ -4,13 +4,14 @@ One multiplier prices a byte against error; every expert takes its cheapest form
 for it together. A sweep over the multiplier gives the lower hull of error against bytes (Shoham and Gersho, 1988).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 import numpy.typing as npt
 
-from comoe.plan.ladder import Array, Flags, Indices
+from comoe.plan.ladder import Array, Indices
 
 HALVINGS = 50
 """Of the interval in which the multiplier for a budget lies."""
@@ -23,31 +24,34 @@ MOST_PER_BYTE = 1e3
 class Candidate:
     """A form that experts may take: `errors` (N,) that each adds in it, `nbytes` (N,) of blobs of its own.
 
-    `shared`: it needs the expert's shared blob, too.
+    `shared` names the part of which it needs its cluster's blob, too, if any.
     """
 
     form: str
     errors: Array
     nbytes: Array
-    shared: bool = False
+    shared: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Choices:
     """What N experts may become: `candidates` from coarse to fine, the last one always possible.
 
-    `cluster` (N,) says whose shared blob is whose, `shared_nbytes` (C,) how large they are; both empty where nothing is
-    shared.
+    `cluster` (N,) says whose shared blobs are whose, `shared_nbytes` how large those (C,) of every shared part are;
+    both are empty where nothing is shared.
     """
 
     candidates: tuple[Candidate, ...]
     cluster: Indices
-    shared_nbytes: Array
+    shared_nbytes: Mapping[str, Array]
 
     def nbytes(self, assignment: Indices) -> int:
         """Bytes of all blobs of an assignment (N,) of indices into `candidates`, shared ones once."""
-        own = _picked(np.stack([candidate.nbytes for candidate in self.candidates]), assignment).sum()
-        return int(own + self.shared_nbytes[self._open(assignment)].sum())
+        total = _picked(np.stack([candidate.nbytes for candidate in self.candidates]), assignment).sum()
+        for part, sizes in self.shared_nbytes.items():
+            needing = np.array([candidate.shared == part for candidate in self.candidates])[assignment]
+            total += sizes[np.unique(self.cluster[needing])].sum()
+        return int(total)
 
     def error(self, assignment: Indices) -> float:
         return float(_picked(np.stack([candidate.errors for candidate in self.candidates]), assignment).sum())
@@ -60,35 +64,43 @@ class Choices:
         prices = np.stack([candidate.errors + per_byte * candidate.nbytes for candidate in self.candidates])
         if finest is not None:
             prices[np.arange(len(prices))[:, None] > finest] = np.inf
-        own = np.array([not candidate.shared for candidate in self.candidates])
-        alone = np.where(own[:, None], prices, np.inf).argmin(0)
-        if not (sharing and len(self.shared_nbytes)):
-            return np.asarray(alone)
-        together = prices.argmin(0)
-        saved = _picked(prices, alone) - _picked(prices, together)
-        worth = np.bincount(self.cluster, saved, len(self.shared_nbytes)) > per_byte * self.shared_nbytes
-        return np.asarray(np.where(worth[self.cluster], together, alone))
-
-    def _open(self, assignment: Indices) -> Flags:
-        """Which shared blobs (C,) an assignment needs."""
-        found = np.zeros(len(self.shared_nbytes), np.bool_)
-        needing = np.array([candidate.shared for candidate in self.candidates])[assignment]
-        if len(found):
-            found[self.cluster[needing]] = True
+        if not (sharing and self.shared_nbytes):
+            return self._among(prices, ())[0]
+        opened = [parts for n in range(len(self.shared_nbytes) + 1) for parts in combinations(self.shared_nbytes, n)]
+        ways, costs = [], []
+        for parts in opened:
+            way, price = self._among(prices, parts)
+            ways.append(way)
+            costs.append(np.bincount(self.cluster, price) + per_byte * sum(self.shared_nbytes[p] for p in parts))
+        cheapest = np.stack(costs).argmin(0)[self.cluster]
+        found: Indices = np.stack(ways)[cheapest, np.arange(len(cheapest))]
         return found
+
+    def _among(self, prices: Array, parts: Sequence[str]) -> tuple[Indices, Array]:
+        """The cheapest candidate (N,) of those that need no shared blob or one of `parts`, and its price."""
+        possible = np.array([candidate.shared is None or candidate.shared in parts for candidate in self.candidates])
+        masked = np.where(possible[:, None], prices, np.inf)
+        return masked.argmin(0), masked.min(0)
 
 
 def sweep(choices: Choices, budgets: Sequence[int], shared_up_to: float = np.inf) -> list[Indices]:
     """The best assignment within each of `budgets`, ascending; a coarser step has no expert in a finer form.
 
-    Blobs are shared within budgets up to `shared_up_to`. Budgets that give the same assignment give one step; those
-    that nothing fits give none.
+    Blobs are shared within budgets up to `shared_up_to`; there the order starts anew. A budget in which the next finer
+    step fits gives no step of its own, nor does one that nothing fits.
     """
     steps: list[Indices] = []
+    finest, was_sharing = None, False
     for budget in sorted(budgets, reverse=True):
-        found = within(choices, budget, steps[-1] if steps else None, sharing=budget <= shared_up_to)
-        if found is not None and (not steps or not np.array_equal(found, steps[-1])):
+        sharing = bool(choices.shared_nbytes) and budget <= shared_up_to
+        if sharing is not was_sharing:
+            finest, was_sharing = None, sharing
+        if finest is not None and choices.nbytes(finest) <= budget:
+            continue
+        found = within(choices, budget, finest, sharing=sharing)
+        if found is not None and not (steps and choices.nbytes(found) >= choices.nbytes(steps[-1])):
             steps.append(found)
+            finest = found
     return steps[::-1]
 
 

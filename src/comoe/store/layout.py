@@ -124,6 +124,7 @@ def _scaled(leaf: Leaf, dtype: str, per_byte: dict[str, int]) -> Planes:
 
 
 PART_PLANES: dict[str, Callable[[Leaf, str], Planes]] = {
+    "base": _high,
     "delta": _two_bits,
     "exact": _exact,
     "factors": _factors,

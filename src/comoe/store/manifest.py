@@ -22,9 +22,9 @@ MAX_MANIFEST_BYTES = 100 * 1024 * 1024
 FORM_PARTS: dict[str, tuple[str, ...]] = {
     "dropped": (),
     "merged": ("merged",),
-    "lowrank": ("merged", "factors"),
+    "lowrank": ("base", "factors"),
     "q2": ("q2",),
-    "residual": ("merged", "delta"),
+    "residual": ("base", "delta"),
     "q3": ("q3",),
     "q4": ("high",),
     "q8": ("high", "low"),
@@ -32,11 +32,11 @@ FORM_PARTS: dict[str, tuple[str, ...]] = {
 }
 """The parts of every form, coarse to exact, in the order in which a reader needs them.
 
-A dropped expert puts out nothing; a low-rank and a residual one are their cluster's expert and a delta of their own.
+A dropped expert puts out nothing; a low-rank and a residual one are their cluster's average and a delta of their own.
 """
 
-SHARED_PART = "merged"
-"""The part whose rows are clusters, not experts."""
+SHARED_PARTS = ("merged", "base")
+"""Parts whose rows are clusters, not experts: the expert that was taught to stand for them, and their average."""
 
 DIGITS = "0123456789"
 """How a chain step writes an expert's form: its index in the manifest's `forms`."""
@@ -182,7 +182,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return tuple(BlobId(expert.layer, part, self._row(expert, part)) for part in FORM_PARTS[form])
 
     def _row(self, expert: ExpertId, part: str) -> int:
-        return self.layers[expert.layer].clusters[expert.expert] if part == SHARED_PART else expert.expert
+        return self.layers[expert.layer].clusters[expert.expert] if part in SHARED_PARTS else expert.expert
 
     def assignment(self, name: str) -> tuple[tuple[str, ...], ...]:
         """Every expert's form by layer, in the chain step `name` or, for the name of a form, in that one alone.
@@ -324,7 +324,7 @@ def _check_layer(manifest: Manifest, index: int, path: Path) -> None:
     sizes = [size for leaf in layer.leaves for size in leaf.shape]
     _refuse_unless(0 < len(names) == len(layer.leaves) and min(sizes, default=1) > 0, path, f"{where}: no sound leaves")
     _check_parts(manifest, index, path)
-    clusters = layer.parts[SHARED_PART].rows if SHARED_PART in layer.parts else 0
+    clusters = min((layer.parts[part].rows for part in SHARED_PARTS if part in layer.parts), default=0)
     sound = len(layer.clusters) == (layer.num_experts if clusters else 0)
     sound = sound and all(0 <= cluster < clusters for cluster in layer.clusters)
     _refuse_unless(sound, path, f"{where}: clusters do not match its experts")
@@ -349,7 +349,7 @@ def _check_parts(manifest: Manifest, index: int, path: Path) -> None:
         _refuse_unless(0 < part.nbytes == length, path, f"{where}: blobs have not the length of an expert")
         most = layer.num_experts
         _refuse_unless(1 <= part.rows <= most, path, f"{where}: more blobs than experts, or none")
-        _refuse_unless(name == SHARED_PART or part.rows == most, path, f"{where}: not one blob for every expert")
+        _refuse_unless(name in SHARED_PARTS or part.rows == most, path, f"{where}: not one blob for every expert")
         _check_place(part, manifest, path)
 
 

@@ -1,0 +1,125 @@
+"""Packing a checkpoint that does not fit, under a hard memory limit: one JSON document on stdout.
+
+A Switch-Base-128 of random weights (15 GB) is packed with --forms q8,q4 in a memory cgroup of 3 GB, page cache
+included: once killed (SIGKILL) when a third of it is done and gone on with, once in one go. The full ladder is made of
+a model with one of its layers. Compared are the peak, the time with the estimate that was printed first, and the bytes
+of both packs. Rows are kept in --rows. Needs root (cgroups, dropped caches) and 50 GB; raw results in packing.json.
+"""
+
+import argparse
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from time import perf_counter
+from typing import Any
+
+from blake3 import blake3
+
+from comoe.bench.rows import Job, Row, RowFile, collect
+from comoe.device.machine import machine
+from comoe.testbed.cgroup import MemoryGroup, drop_caches
+from comoe.testbed.checkpoints import SwitchShape, write_checkpoint
+
+SHAPE = SwitchShape(hidden=768, layers=12, experts=128, width=3072, heads=12)
+ONE_LAYER = replace(SHAPE, layers=2)
+"""An encoder and a decoder of one sparse layer each."""
+
+LIMIT = 3 << 30
+TIMEOUT_S = 3 * 3600
+KILLED_AT = 1 / 3
+"""Of the layers, how many are done when the first run is killed."""
+
+
+def packing(checkpoint: Path, target: Path, forms: str | None) -> list[str]:
+    words = ["-m", "comoe", "pack", str(checkpoint), "-o", str(target), "--json"]
+    return [sys.executable, *words, *(["--forms", forms] if forms else [])]
+
+
+def whole(checkpoint: Path, target: Path, forms: str | None) -> Row:
+    """A pack made in one go."""
+    drop_caches()
+    start_s = perf_counter()
+    with MemoryGroup(LIMIT) as group:
+        done = group.run(packing(checkpoint, target, forms), TIMEOUT_S)
+        killed = group.oom_kills
+    return _row(done.returncode, done.stdout, done.stderr, killed) | {
+        "wall_seconds": perf_counter() - start_s,
+        "pack_hash": folder_hash(target),
+    }
+
+
+def resumed(checkpoint: Path, target: Path, forms: str | None, num_layers: int) -> Row:
+    """A pack whose making was killed when a third of the layers was done."""
+    drop_caches()
+    with MemoryGroup(LIMIT) as group:
+        process = group.start(packing(checkpoint, target, forms), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        work = target.with_name(f"{target.name}.partial") / "work"
+        while process.poll() is None and len(list(work.glob("[0-9]*.json"))) < KILLED_AT * num_layers:
+            time.sleep(0.5)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        done = len(list(work.glob("[0-9]*.json")))
+    return {"layers_done_when_killed": done, **whole(checkpoint, target, forms)}
+
+
+def _row(code: int, out: str, err: str, oom_kills: int) -> Row:
+    if code:
+        raise SystemExit(f"packing ended with {code}: {err}")
+    report = json.loads(out)
+    over = report["seconds"] / report["estimated_seconds"]
+    said = re.findall(r"^Packing .*$", err, re.MULTILINE)
+    return {**report, "oom_kills": oom_kills, "seconds_over_estimate": over, "said_first": said[:1]}
+
+
+def folder_hash(folder: Path) -> str:
+    """BLAKE3 of all files' names and bytes."""
+    found = [(path.name, blake3(max_threads=2).update_mmap(path).hexdigest()) for path in sorted(folder.iterdir())]
+    return blake3(repr(found).encode()).hexdigest()
+
+
+def measure(folder: Path, rows: Path | None) -> dict[str, Any]:
+    """All rows, on checkpoints made in `folder`."""
+    large, small = folder / "switch", folder / "layer"
+    write_checkpoint(small, ONE_LAYER)
+    write_checkpoint(large, SHAPE)
+    settings = {"shape": asdict(SHAPE), "limit": LIMIT}
+    jobs = [
+        Job({"pack": "one layer, full ladder"}, settings, partial(whole, small, folder / "full", None)),
+        Job({"pack": "q8,q4"}, settings, partial(whole, large, folder / "whole", "q8,q4")),
+        Job({"pack": "q8,q4, killed"}, settings, partial(resumed, large, folder / "killed", "q8,q4", SHAPE.layers)),
+    ]
+    found = collect(jobs, RowFile(rows), lambda step, done: print(f"{done:4.0%} {step}", file=sys.stderr))
+    hashes = [row["pack_hash"] for row in found[1:]]
+    return {
+        "name": "packing",
+        "machine": machine(),
+        "settings": settings,
+        "oom_kills": sum(row["oom_kills"] for row in found),
+        "peak_bytes": max(row["peak_bytes"] for row in found),
+        "worst_seconds_over_estimate": max(row["seconds_over_estimate"] for row in found[:2]),
+        "resumed_is_the_same": len({*hashes}) == 1,
+        "rows": found,
+    }
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Read the flags, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--scratch", type=Path, help="Where 50 GB may be written for a while.")
+    parser.add_argument("--rows", type=Path, help="Finished rows, kept and taken from here.")
+    flags = parser.parse_args(words)
+    with TemporaryDirectory(prefix="comoe-packing-", dir=flags.scratch) as folder:
+        json.dump(measure(Path(folder), flags.rows), sys.stdout, indent=1)
+    sys.stdout.write("\n")
+
+
+if __name__ == "__main__":
+    main()
