@@ -84,7 +84,7 @@ def commands() -> list[str]:
     return list(answer(code, "[name for name, command in found if not command.hidden]"))
 
 
-ONCE = {"prompt", "prompt_file", "stop", "output", "calib", "folder", "text", "keep", "out", "version", "help"}
+ONCE = {"prompt", "prompt_file", "stop", "output", "step", "calib", "folder", "text", "keep", "out", "version", "help"}
 """Options of one call: nobody wants them for every call."""
 
 
