@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from packs import edit
 
 from comoe.make.pack import pack
 from comoe.make.recipe import Recipe
 from comoe.plan.cost import Costs
+from comoe.plan.ladder import Band, ladder_of
 from comoe.plan.planner import Plan, Planner, uniform
 from comoe.runtime.load import Loader, Options, load
+from comoe.store.manifest import read_manifest
 from comoe.store.pack import Pack
 from comoe.types import BlobId, CorruptBlob, DoesNotFit, RemoteUnavailable, UsageError
 
@@ -21,15 +24,15 @@ PROMPT = torch.arange(5, 25)[None]
 
 
 @pytest.fixture(scope="module")
-def packed(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def plain(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("handle") / "tiny.comoe"
     pack(tiny_checkpoint, target, Recipe(), lambda step, done: None)
     return target
 
 
 @pytest.fixture
-def model(packed: Path) -> Iterator[Any]:
-    served = load(packed, expert_memory="50%")
+def model(plain: Path) -> Iterator[Any]:
+    served = load(plain, expert_memory="50%")
     with served.comoe:
         yield served
 
@@ -87,8 +90,8 @@ def test_a_budget_that_is_too_small_is_refused_and_changes_nothing(model: Any) -
     assert greedy(model, 10) == expected
 
 
-def test_a_budget_of_the_whole_process_is_refused_in_its_own_terms(packed: Path) -> None:
-    model = load(packed, memory="2GiB", context=64)
+def test_a_budget_of_the_whole_process_is_refused_in_its_own_terms(plain: Path) -> None:
+    model = load(plain, memory="2GiB", context=64)
     with model.comoe:
         with pytest.raises(DoesNotFit, match="the process needs") as refused:
             model.comoe.resize(1 << 20)
@@ -113,30 +116,30 @@ def test_an_exact_run_spends_nothing_of_the_ledger(model: Any) -> None:
     assert model.comoe.ledger.shares() == {"exact": pytest.approx(1)}
 
 
-def test_a_context_beyond_what_memory_is_for_is_refused(packed: Path) -> None:
-    model = load(packed, expert_memory="50%", context=32)
+def test_a_context_beyond_what_memory_is_for_is_refused(plain: Path) -> None:
+    model = load(plain, expert_memory="50%", context=32)
     with model.comoe:
         model.comoe.check_context(32)
         with pytest.raises(UsageError, match="raise --context"):
             model.comoe.check_context(33)
 
 
-def test_closing_twice_is_fine_and_running_afterwards_says_why_not(packed: Path) -> None:
-    model = load(packed, expert_memory="50%")
+def test_closing_twice_is_fine_and_running_afterwards_says_why_not(plain: Path) -> None:
+    model = load(plain, expert_memory="50%")
     model.comoe.close()
     model.comoe.close()
     with pytest.raises(RuntimeError, match="the cache is closed"):
         greedy(model, 1)
 
 
-def test_a_floor_that_cannot_be_read_leaves_no_thread_behind(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_floor_that_cannot_be_read_leaves_no_thread_behind(plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def floored(self: Planner, budget: int, max_loss: float) -> Plan:
         return replace(uniform(self.ladder, "exact"), floor="q4")
 
     def broken(self: Pack, blob: BlobId, into: memoryview) -> None:
         raise CorruptBlob(f"{blob} is damaged.")
 
-    loader = Loader(Pack(packed), Options())
+    loader = Loader(Pack(plain), Options())
     monkeypatch.setattr(Loader, "planner", lambda self: Planner(self.ladder, Costs.unknown()))
     monkeypatch.setattr(Planner, "best", floored)
     monkeypatch.setattr(Pack, "read", broken)
@@ -146,17 +149,56 @@ def test_a_floor_that_cannot_be_read_leaves_no_thread_behind(packed: Path, monke
     assert set(threading.enumerate()) <= before
 
 
-def test_load_refuses_what_it_cannot_do(packed: Path) -> None:
+def test_load_refuses_what_it_cannot_do(plain: Path) -> None:
     with pytest.raises(UsageError, match="not both"):
-        load(packed, memory="1GiB", expert_memory="30%")
+        load(plain, memory="1GiB", expert_memory="30%")
     for wrong in ({"max_loss": -1.0}, {"max_loss": float("nan")}, {"context": 0}, {"threads": 0}):
         with pytest.raises(UsageError):
-            load(packed, expert_memory="50%", **wrong)  # type: ignore[arg-type]
+            load(plain, expert_memory="50%", **wrong)  # type: ignore[arg-type]
     with pytest.raises(RemoteUnavailable):
-        load(packed, edges=["http://127.0.0.1:1"])
+        load(plain, edges=["http://127.0.0.1:1"])
     with pytest.raises(DoesNotFit) as refused:
-        load(packed, expert_memory=1)
-    load(packed, expert_memory=refused.value.smallest).comoe.close()
+        load(plain, expert_memory=1)
+    load(plain, expert_memory=refused.value.smallest).comoe.close()
+
+
+@pytest.fixture
+def one_floor(copied: Path) -> tuple[Path, str]:
+    """A pack of which one step is certified, at 4 %, and that step's name: it has many forms, dropped among them."""
+    manifest = read_manifest(copied)
+    kinds = {step.name: {*"".join(step.assignment)} for step in manifest.chain}
+    name = max(kinds, key=lambda name: ("0" in kinds[name], len(kinds[name])))
+    assert len(kinds[name]) > 2 and manifest.forms[0] == "dropped"
+    found = {"loss": 0.04, "loss_ci95": [0.03, 0.04], "worst_domain": "fox"}
+    found |= {"loss_worst_domain": 0.05, "loss_worst_domain_ci95": [0.04, 0.06]}
+    edit(copied, lambda document: [step.update(certificate=None) for step in document["chain"]])
+    edit(copied, lambda document: document["chain"][list(kinds).index(name)].update(certificate=found))
+    return copied, name
+
+
+def test_within_a_bound_misses_take_a_floor_of_mixed_forms_and_prompts_do_not(
+    one_floor: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a slow disk, with room for the floor and few exact experts."""
+    folder, step = one_floor
+    slow = Costs(read_bps=1e5, read_latency_s=0.0, memory_bps=1e10, framework_ms=Band(1.0, 1.0))
+    monkeypatch.setattr("comoe.runtime.load.measured_costs", lambda pack, clock: slow)
+    ladder = ladder_of(read_manifest(folder))
+    room = ladder.rung(step).nbytes + 3 * ladder.exact.group_beside(None)
+    model = load(folder, expert_memory=room, max_loss="3%", context=64)
+    with model.comoe as handle:
+        assert (handle.plan.floor, handle.plan.target) == (step, "exact")
+        assert handle.plan.floor_bytes == ladder.rung(step).nbytes and handle.plan.loss.high <= 0.03
+        handle.begin_request()
+        greedy(model, 1)
+        assert (handle.stats()["floor_rate"], handle.ledger.loss) == (0, 0.0)
+        handle.begin_request()
+        greedy(model, 30)
+        assert handle.stats()["floor_rate"] > 0
+        assert 0 < handle.ledger.loss <= 0.03
+        assert len(handle.ledger.shares()) > 1
+        assert {*handle.ledger.shares()} <= {*ladder.rung(step).shares, "exact"}
+        assert handle.stats()["resident_bytes"] <= room
 
 
 @pytest.mark.parametrize("form", ["q2", "q3"])
