@@ -8,17 +8,24 @@ from itertools import product
 from pathlib import Path
 from runpy import run_path
 
+import numpy as np
 import pytest
 import torch
 from families import COMPOSITES, FAMILIES
 from models import NUM_TOKENS, Answer, answer, eager_model, save_random
 from quantised import save_fp8, save_mxfp4, save_plain
+from sources import read
 from sweep import HEADINGS, TOLERANCE, Subject, differs, finding
 from torch import Tensor
 
 from comoe.kernels import native
 from comoe.plan.footprint import CHUNK_TOKENS
+from comoe.runtime.experts import SiteMath
+from comoe.store.families import experts_modules
+from comoe.store.layout import quantised
 from comoe.store.manifest import FORM_PARTS
+from comoe.store.pack import Pack
+from comoe.types import ExpertId
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "families.md"
 
@@ -153,6 +160,25 @@ def test_coarse_forms_are_the_same_from_any_cache_and_from_the_kernel_as_from_to
     assert coarse.manifest.forms == tuple(FORM_PARTS)
     for form in coarse.manifest.forms[:-1]:
         assert_coarse(coarse, form)
+
+
+def test_what_has_no_levels_is_every_experts_own_in_all_forms_but_the_merged(coarse: Subject) -> None:
+    """Biases and norms: sums of a cluster's expert and a delta leave them as they are."""
+    forms = [form for form in coarse.manifest.forms if form not in ("dropped", "merged", "exact")]
+    with coarse.served() as model:
+        for layer, (_, module) in enumerate(experts_modules(model)):
+            maths = SiteMath(module, coarse.manifest.site(layer), torch.float32)
+            own = [leaf.name for leaf in maths.site.leaves if not quantised(leaf)]
+            expert = ExpertId(layer, maths.site.num_experts - 1)
+            wanted = maths.tensors("exact", blobs_of(model.comoe.pack, expert, "exact"))
+            for form in forms:
+                found = maths.tensors(form, blobs_of(model.comoe.pack, expert, form))
+                assert all(torch.equal(found[name], wanted[name]) for name in own)
+
+
+def blobs_of(pack: Pack, expert: ExpertId, form: str) -> list[np.ndarray]:
+    blobs = pack.manifest.blobs(expert, form)
+    return [np.frombuffer(bytearray(read(pack, blob)), np.uint8) for blob in blobs]
 
 
 def test_steps_of_mixed_forms_are_the_same_from_any_cache_and_from_the_kernel_as_from_torch(coarse: Subject) -> None:
