@@ -38,7 +38,7 @@ bench: $(STAMP)
 	@echo "Run one with '$(BIN)/comoe bench NAME', faster and coarser with --quick. Figures that need no model:"
 	@for script in benchmarks/*.py; do echo "  $(BIN)/python $$script"; done
 
-PAGES := docs/cli.md docs/families.md docs/modules.md docs/schema.json
+PAGES := docs/analysis.md docs/cli.md docs/families.md docs/modules.md docs/schema.json
 
 docs: $(STAMP) $(PAGES)
 
