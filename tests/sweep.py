@@ -25,6 +25,7 @@ from comoe.kernels import native
 from comoe.make.calibrate import Text
 from comoe.make.pack import pack
 from comoe.make.recipe import Recipe
+from comoe.make.shared import Sharing
 from comoe.plan.ladder import ladder_of
 from comoe.runtime import experts
 from comoe.runtime.load import Loader, Options
@@ -39,6 +40,9 @@ TOLERANCE = 1e-5
 
 SWEPT_FORMS = ("merged", "q4", "q8")
 """One that is shared, one of a single part, one of two: the others are these parts, or are tested by fewer families."""
+
+FEW_LESSONS = Sharing(distil_steps=4)
+"""Enough to go the way; what they are good for is test_shared's."""
 
 CONTEXT = 64
 TEXT = Text("letters", "".join(chr(97 + i * i * i % 26) for i in range(600)))
@@ -114,7 +118,8 @@ class Subject:
             save_random(family, self.checkpoint, dtype)
         save_tokenizer(self.checkpoint)
         texts = (TEXT,) if issubclass(model_class(family), GenerationMixin) else ()
-        recipe = Recipe(tuple(forms), texts, NUM_CALIBRATION_TOKENS, threads=1, pruned=False, shared=True)
+        how = {"pruned": False, "shared": True, "sharing": FEW_LESSONS}
+        recipe = Recipe(tuple(forms), texts, NUM_CALIBRATION_TOKENS, threads=1, **how)
         pack(self.checkpoint, self.pack, recipe, lambda step, done: None)
         self.manifest = Pack(self.pack).manifest
         layers = self.manifest.layers

@@ -1,21 +1,18 @@
 """`comoe demo`: the main job, whole, on the model that ships."""
 
 import json
-from functools import partial
 from pathlib import Path
 
 import pytest
 from commands import call
 
-from comoe.make.recipe import Recipe
 from comoe.store.pack import Pack
 
 
 def test_the_demo_is_identical_within_its_budget_and_its_bound(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    few = partial(Recipe, forms=("q3", "q4"))  # most of the time is packing, of which test_pack tells more
-    monkeypatch.setattr("comoe.make.demo.Recipe", few)
+    monkeypatch.setattr("comoe.make.demo.OWN_FORMS", ("q3", "q4"))  # most of the time is packing
     result = call(capsys, monkeypatch, "demo", "--json", "--keep", tmp_path / "kept")
     assert result.code == 0, result.err
     got = json.loads(result.out)
