@@ -190,7 +190,7 @@ def test_within_a_bound_misses_take_a_floor_of_mixed_forms_and_prompts_do_not(
         assert (handle.plan.floor, handle.plan.target) == (step, "exact")
         assert handle.plan.floor_bytes == ladder.rung(step).nbytes and handle.plan.loss.high <= 0.03
         handle.begin_request()
-        handle.ledger.add(0, "exact", "exact", 1e6)  # an answer that may lose something
+        handle.ledger.add(0, "exact", 1e6)  # an answer that may lose something
         greedy(model, 1)
         assert (handle.stats()["floor_rate"], handle.ledger.loss) == (0, 0.0)
         handle.begin_request()

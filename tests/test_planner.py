@@ -64,14 +64,14 @@ def fastest_ms(planner: Planner, floor: Rung | None, target: Rung, budget: int, 
         return inf
     partial = [uses for uses, nbytes in zip(use, lacking, strict=True) if nbytes]
     unit = whole / max(len(partial), 1)
-    miss = 0.0 if room >= whole else sum(partial) / sum(use) * (1 - hit_rate(np.array(partial), room / unit))
+    miss = 0.0 if room >= whole else 1 - hit_rate(np.array(partial), room / unit)
     waiting = miss
     if floor is not None:
-        # the coarse share c keeps (1 - c) * target + c * floor <= bound
+        # of streamed uses, all of which make the floor's loss, the share c keeps (1 - c) * target + c * floor <= bound
         gap = floor.price - target.price
         coarse = min(miss, (bound - target.price) / gap if gap > 0 else miss)
         waiting = miss - coarse + BACKGROUND_SHARE * coarse
-    read_s = sum(use) * waiting * (unit / rates.read_bps + rates.read_latency_s)
+    read_s = sum(partial) * waiting * (unit / rates.read_bps + rates.read_latency_s)
     each = [sum(sizes[blob] for blob in expert) for expert in target.needs.tolist()]
     compute_s = sum(uses * nbytes for uses, nbytes in zip(use, each, strict=True)) / rates.memory_bps
     return float(rates.framework_ms.high + 1.5e3 * (read_s + compute_s))
@@ -323,7 +323,6 @@ def test_experts_that_a_mixed_floor_keeps_in_the_targets_form_are_never_streamed
     assert plan.ms_per_token.low == pytest.approx(1e3 * (4 * 0.25 * BACKGROUND_SHARE * MIB / 1e7 + 4 * MIB / 1e10))
 
 
-@pytest.mark.xfail(strict=True, reason="the price of a mixed floor is spread over uses that it serves exactly, too")
 def test_only_uses_that_a_mixed_floor_serves_coarsely_carry_its_loss() -> None:
     """Served without any cache, the floor's four coarse experts are half of all uses, and the whole of its 4.4 %."""
     slow = Costs(read_bps=1e7, read_latency_s=0.0, memory_bps=1e10, framework_ms=Band(0.0, 0.0))

@@ -71,8 +71,20 @@ class Rung:
     @property
     def shares(self) -> dict[str, float]:
         """Share of uses by form, coarse to exact."""
-        uses = np.bincount(self.form, self.use, len(self.forms)) / max(float(self.use.sum()), 1e-12)
-        return {form: float(share) for form, share in zip(self.forms, uses, strict=True) if share > 0}
+        return self.shares_over(None, 0.0)
+
+    def shares_over(self, floor: "Rung | None", coarse: float) -> dict[str, float]:
+        """Share of uses by form where `coarse` of those that are streamed beside `floor` take it."""
+        moved = coarse * self.streamed_beside(floor)
+        uses = np.bincount(self.form, self.use - moved, len(self.forms))
+        if floor is not None:
+            uses += np.bincount(floor.form, moved, len(self.forms))
+        shares = uses / max(float(self.use.sum()), 1e-12)
+        return {form: float(share) for form, share in zip(self.forms, shares, strict=True) if share > 0}
+
+    def streamed_beside(self, floor: "Rung | None") -> Array:
+        """Uses (N,) of the experts that are not whole in `floor`: 0 for the others, which never miss."""
+        return np.where(self.groups_beside(floor) > 0, self.use, 0.0)
 
     @property
     def touched(self) -> dict[str, float]:
@@ -105,6 +117,13 @@ class Rung:
         return self.price * (self.errors[layer] / mean if mean else 1.0)
 
 
+class Prices(NamedTuple):
+    """What a use costs, by layer, in a plan's target and in its floor, as a fraction: 1 if all uses lost 100 %."""
+
+    target: tuple[float, ...]
+    floor: tuple[float, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class Ladder:
     """Rungs from coarse to exact, and the profile: the pack's forms, each for all experts, and the steps of its chain.
@@ -134,6 +153,27 @@ class Ladder:
         served = self.certified if max_loss > 0 else (self.exact,)
         used = {rung.forms[at] for rung in served for at in np.unique(rung.form)}
         return tuple(form for form in self.exact.forms if form in used)
+
+    def prices(self, target: str, floor: str | None = None) -> Prices:
+        """The prices of a plan: where all uses that may miss take the floor, the loss is the floor's.
+
+        A floor may hold experts in the target's own form. Uses of those never take it, so the others bear its whole
+        price.
+        """
+        wanted = self.rung(target)
+        fine = tuple(wanted.loss_rate(layer) for layer in range(len(self.use)))
+        if floor is None:
+            return Prices(fine, fine)
+        other = self.rung(floor)
+        ends = np.cumsum([len(layer) for layer in self.use])[:-1]
+        streamed = [float(layer.sum()) for layer in np.split(wanted.streamed_beside(other), ends)]
+        coarse = tuple(
+            max(0.0, rate + (other.loss_rate(at) - rate) * float(self.use[at].sum()) / streamed[at])
+            if streamed[at]
+            else rate
+            for at, rate in enumerate(fine)
+        )
+        return Prices(fine, coarse)
 
     def rung(self, name: str) -> Rung:
         """KeyError where the pack has no such form or step."""

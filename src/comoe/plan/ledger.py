@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from comoe.plan.ladder import Ladder
+from comoe.plan.ladder import Prices
 
 
 @dataclass(slots=True)
@@ -17,25 +17,25 @@ class Account:
 class Ledger:
     """Counts gates by form and prices them by the certified losses.
 
-    The estimate is linear: a use in a rung costs the rung's certified loss, split over layers by their measured
-    errors, times its share of all gates. `bound` is a fraction; 0 is exact. The bound is on the answer: a long exact
-    prompt earns no credit for it, so decoding has an account of its own.
+    The estimate is linear: a use costs its layer's price in the plan's target, or in its floor, times its share of all
+    gates. `bound` is a fraction; 0 is exact. The bound is on the answer: a long exact prompt earns no credit for it,
+    so decoding has an account of its own.
     """
 
-    ladder: Ladder
+    prices: Prices
     bound: float
     gates: dict[str, float] = field(default_factory=dict)
     prompt: Account = field(default_factory=Account)
     answer: Account = field(default_factory=Account)
 
-    def add(self, layer: int, rung: str, form: str, gate: float, *, decode: bool = True) -> None:
-        """Record uses in `layer` of an expert in `rung`, which is in `form` there, for the answer or for its prompt.
+    def add(self, layer: int, form: str, gate: float, *, floor: bool = False, decode: bool = True) -> None:
+        """Record uses in `layer` of an expert in the plan's target, or in its floor, for the answer or for its prompt.
 
-        Their gates sum to `gate`.
+        It is in `form` there; their gates sum to `gate`.
         """
         self.gates[form] = self.gates.get(form, 0.0) + gate
         account = self.answer if decode else self.prompt
-        account.spent += gate * self.ladder.rung(rung).loss_rate(layer)
+        account.spent += gate * (self.prices.floor if floor else self.prices.target)[layer]
         account.total += gate
 
     @property
@@ -44,9 +44,9 @@ class Ledger:
         account = self.answer if self.answer.total else self.prompt
         return account.spent / account.total if account.total else 0.0
 
-    def allows(self, layer: int, rung: str, gate: float) -> bool:
-        """Whether the estimate stays within the bound after `gate` more of the answer in `rung`."""
-        spent = self.answer.spent + gate * self.ladder.rung(rung).loss_rate(layer)
+    def allows_floor(self, layer: int, gate: float) -> bool:
+        """Whether the estimate stays within the bound after `gate` more of the answer in the floor."""
+        spent = self.answer.spent + gate * self.prices.floor[layer]
         return spent <= self.bound * (self.answer.total + gate)
 
     def shares(self) -> dict[str, float]:

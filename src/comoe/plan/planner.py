@@ -103,41 +103,29 @@ class Planner:
         room = min(budget - _floor_bytes(floor), whole)
         if room < self._reserve(floor, target):
             return None
-        use = np.concatenate(self.ladder.use)
-        streamed = target.groups_beside(floor) > 0
-        unit = whole / max(int(streamed.sum()), 1)
-        missed = 1.0 - hit_rate(use[streamed], len(use) if room >= whole else room / unit)
-        miss = missed * float(use[streamed].sum() / use.sum())
-        coarse = self._coarse_share(floor, target, miss, max_loss)
-        reads = float(use.sum()) * miss
-        waits = float(use.sum()) * (miss - coarse + BACKGROUND_SHARE * coarse)
+        use, streamed = target.use, target.streamed_beside(floor)
+        unit = whole / max(int((target.groups_beside(floor) > 0).sum()), 1)
+        missed = 1.0 - hit_rate(streamed[streamed > 0], len(use) if room >= whole else room / unit)
+        coarse = _coarse_share(floor, target, missed, max_loss)
+        num_streamed = float(streamed.sum())
+        waits = num_streamed * (missed - coarse + BACKGROUND_SHARE * coarse)
         ms = sum(self.costs.expert_ms(nbytes, form) for form, nbytes in target.touched.items())
         ms += self.costs.read_ms(waits * unit, waits)
-        shares = {form: (1.0 - coarse) * share for form, share in target.shares.items()}
-        for form, share in floor.shares.items() if floor is not None and coarse else ():
-            shares[form] = shares.get(form, 0.0) + coarse * share
-        fetch = _floor_bytes(floor) + round(reads * unit)
+        fetch = _floor_bytes(floor) + round(num_streamed * missed * unit)
         return Plan(
             name=name,
             floor=floor.name if floor else None,
             target=target.name,
             floor_bytes=_floor_bytes(floor),
             refinement_bytes=room,
-            wait_threshold=self._threshold(coarse / miss if miss else 1.0) if floor else 0.0,
+            wait_threshold=self._threshold(coarse / missed if missed else 1.0) if floor else 0.0,
             ms_per_token=Band(self.costs.framework_ms.low + ms, self.costs.framework_ms.high + 1.5 * ms),
             loss=_mixed_loss(floor, target, coarse),
             start_seconds=self.costs.read_ms(_floor_bytes(floor), 1) / 1e3,
             fetch_bytes=fetch,
-            shares=shares,
-            hit_rate=1.0 - miss,
+            shares=target.shares_over(floor, coarse),
+            hit_rate=1.0 - missed * num_streamed / float(use.sum()),
         )
-
-    def _coarse_share(self, floor: Rung | None, target: Rung, miss: float, max_loss: float) -> float:
-        """Share of uses that may take the floor: all misses, or what the bound leaves beside the target's loss."""
-        if floor is None:
-            return 0.0
-        gap = floor.price - target.price
-        return miss if gap <= 0 else min(miss, (max_loss - target.price) / gap)
 
     def _threshold(self, share: float) -> float:
         """The gate below which lies `share` of all uses' gates."""
@@ -175,7 +163,16 @@ def _floor_bytes(floor: Rung | None) -> int:
     return floor.nbytes if floor else 0
 
 
+def _coarse_share(floor: Rung | None, target: Rung, missed: float, max_loss: float) -> float:
+    """Share of streamed uses that may take the floor: all misses, or what the bound leaves beside the target's loss."""
+    if floor is None:
+        return 0.0
+    gap = floor.price - target.price
+    return missed if gap <= 0 else min(missed, (max_loss - target.price) / gap)
+
+
 def _mixed_loss(floor: Rung | None, target: Rung, coarse: float) -> Band:
+    """The loss where `coarse` of the streamed uses take the floor: all of them make the floor's."""
     low, high = target.loss_ci95
     if floor is not None:
         low += coarse * (floor.loss_ci95.low - low)

@@ -123,20 +123,21 @@ class ServedLayer:
     def _choose(self, use: Use, *, decode: bool) -> Way:
         """The miss rule: the wanted form if it is there or worth waiting for, else the floor."""
         serving, plan = self.serving, self.serving.plan
-        rung, way = plan.target, serving.way(self._index, use.expert, plan.target)
+        way = serving.way(self._index, use.expert, plan.target)
         hit = serving.cache.resident(way.blobs)
-        if not hit and decode and plan.floor is not None and self._take_floor(use, plan.floor):
+        floor = plan.floor if decode and not hit and self._may_take_floor(use) else None
+        if floor is not None:
             serving.cache.prefetch([way.blobs])
-            rung, way = plan.floor, serving.way(self._index, use.expert, plan.floor)
-            serving.counts.floor_uses += 1
+            way = serving.way(self._index, use.expert, floor)
         serving.counts.uses += 1
         serving.counts.hits += hit
-        serving.ledger.add(self._index, rung, way.form, use.gate, decode=decode)
+        serving.counts.floor_uses += floor is not None
+        serving.ledger.add(self._index, way.form, use.gate, floor=floor is not None, decode=decode)
         return way
 
-    def _take_floor(self, use: Use, floor: str) -> bool:
+    def _may_take_floor(self, use: Use) -> bool:
         cheap = use.gate < self.serving.plan.wait_threshold * len(use.tokens)
-        return cheap and self.serving.ledger.allows(self._index, floor, use.gate)
+        return cheap and self.serving.ledger.allows_floor(self._index, use.gate)
 
 
 def _add(out: Tensor, tokens: Tensor, y: Tensor) -> None:

@@ -173,7 +173,8 @@ class Loader:
         largest = self.ladder.rung(plan.target).group_beside(floor)
         with ExitStack() as on_failure:
             cache = on_failure.enter_context(BlobCache(self.pack, capacity, largest_group=largest))
-            serving = Serving(manifest, cache, plan, Ledger(self.ladder, self.options.max_loss))
+            ledger = Ledger(self.ladder.prices(plan.target, plan.floor), self.options.max_loss)
+            serving = Serving(manifest, cache, plan, ledger)
             if plan.floor is not None:
                 ways = [serving.way(*expert, plan.floor) for expert in manifest.expert_ids]
                 cache.hold(list(dict.fromkeys(blob for way in ways for blob in way.blobs)))
