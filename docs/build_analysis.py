@@ -5,6 +5,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from comoe.bench.ladder_figures import TARGETS
+from comoe.bench.losses import percent, percents
+
 Row = dict[str, Any]
 RESULT = Path(__file__).parents[1] / "benchmarks" / "ladder.json"
 FAMILIES = {
@@ -12,7 +15,6 @@ FAMILIES = {
     "fewer experts": ("plain average", "m-smoe", "hc-smoe", "reap", "reap + int4"),
     "a base and deltas": ("d2-moe", "resmoe"),
 }
-TARGETS = {0.3: 0.001, 0.16: 0.02, 0.08: 0.1}
 
 
 def main() -> None:
@@ -76,8 +78,7 @@ def _cell(rows: Sequence[Row], method: str, share: float) -> str:
     found = [row for row in rows if row.get("method") == method and row["share"] == share and row["reaches"]]
     if not found:
         return "-"
-    low, high = found[0]["loss_ci95"]
-    return f"{found[0]['loss']:.2%} ({low:.2%} to {high:.2%})"
+    return f"{percent(found[0]['loss'])} ({percents(found[0]['loss_ci95'])})"
 
 
 def _made_of(rows: Sequence[Row]) -> Iterator[str]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import Qwen3MoeForCausalLM
 
 from comoe.bench.bank import Approximation, Bank
-from comoe.bench.ladder_page import TARGETS, figures, page
+from comoe.bench.ladder_figures import TARGETS, figures, page
 from comoe.bench.published import (
     METHODS,
     d2_moe,

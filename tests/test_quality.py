@@ -15,7 +15,7 @@ from comoe.bench.figures import with_losses
 from comoe.bench.forms import form_row, reference_row
 from comoe.bench.material import Material, Scope, read_material
 from comoe.bench.plans import decode_windows, plan_row
-from comoe.bench.subject import Subject
+from comoe.bench.served import Served
 from comoe.make.recipe import Recipe
 from comoe.runtime import experts
 from comoe.store.shipped import calibration_files, demo_checkpoint, sample_files
@@ -157,22 +157,22 @@ def test_a_folder_without_models_is_a_usage_error(tiny: Any, tmp_path: Path) -> 
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Subject]:
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """The model that ships, on a little of the text that ships, in few forms."""
     folder = tmp_path_factory.mktemp("trained")
     material = read_material(shared_folder(folder / "shared"), SCOPE.domains, SCOPE.items)
-    with pytest.MonkeyPatch.context() as patch, Subject(demo_checkpoint(), material, SCOPE, folder / "packs") as found:
-        patch.setattr("comoe.bench.subject.Recipe", partial(Recipe, forms=("q4", "q8")))
+    with pytest.MonkeyPatch.context() as patch, Served(demo_checkpoint(), material, SCOPE, folder / "packs") as found:
+        patch.setattr("comoe.bench.served.Recipe", partial(Recipe, forms=("q4", "q8")))
         yield found
 
 
-def losses(subject: Subject, *forms: str) -> list[float]:
+def losses(subject: Served, *forms: str) -> list[float]:
     rows = [{"kind": "reference", "model": "m", **reference_row(subject)}]
     rows += [{"kind": "form", "model": "m", "form": form, **form_row(subject, form)} for form in forms]
     return [row["loss"] for row in with_losses(rows)[1:]]
 
 
-def test_a_form_with_a_wrong_scale_shows_as_a_loss(trained: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_form_with_a_wrong_scale_shows_as_a_loss(trained: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     right = experts.dequantise
 
     def wrong(*args: Any) -> torch.Tensor:
@@ -187,7 +187,7 @@ def test_a_form_with_a_wrong_scale_shows_as_a_loss(trained: Subject, monkeypatch
     assert broken > 0.05
 
 
-def test_a_plan_at_a_bound_decodes_the_tokens_asked_for_within_its_bytes(trained: Subject) -> None:
+def test_a_plan_at_a_bound_decodes_the_tokens_asked_for_within_its_bytes(trained: Served) -> None:
     lossy, exact = plan_row(trained, 0.02, 0.3), plan_row(trained, 0.0, 0.3)
     assert lossy["tokens"] == exact["tokens"] == len(DOMAINS) * SCOPE.decode_tokens
     assert lossy["exact_nats"] == exact["nats"]
@@ -199,7 +199,7 @@ def test_a_plan_at_a_bound_decodes_the_tokens_asked_for_within_its_bytes(trained
         assert {name: len(found["nats"]) for name, found in row["windows"].items()} == dict.fromkeys(DOMAINS, 2)
 
 
-def test_a_budget_below_two_experts_is_a_row_that_says_what_would_fit(trained: Subject) -> None:
+def test_a_budget_below_two_experts_is_a_row_that_says_what_would_fit(trained: Served) -> None:
     row = plan_row(trained, 0.0, 0.001)
     assert not row["fits"] and row["budget_bytes"] < row["smallest_bytes"]
 
@@ -209,7 +209,7 @@ def test_a_budget_below_two_experts_is_a_row_that_says_what_would_fit(trained: S
     [(None, 512, (3, 255)), (None, 255, (2, 255)), (2, 32, (2, 16)), (2, 600, (3, 200))],
 )
 def test_windows_are_decoded_to_their_ends_unless_little_is_asked_for(
-    trained: Subject, domains: int | None, tokens: int, expected: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+    trained: Served, domains: int | None, tokens: int, expected: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trained, "scope", replace(SCOPE, domains=domains, decode_tokens=tokens))
     found, each = decode_windows(trained, trained.evaluation(trained.exact))

@@ -4,17 +4,11 @@ Pure: no model is asked, so that figures can be made again from kept rows.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from typing import Any
 
-import numpy as np
-
+from comoe.bench.losses import loss_columns, percent, percents, score_of, without_raw
 from comoe.bench.rows import Row
-from comoe.make.score import DomainScore, Score, compare
 from comoe.units import format_size
-
-RAW = "windows"
-"""The column of window-by-window values, which stays in the file of rows."""
 
 
 def with_losses(rows: Sequence[Row]) -> list[Row]:
@@ -27,34 +21,16 @@ def with_losses(rows: Sequence[Row]) -> list[Row]:
 
 
 def _finished(row: Row, reference: Row) -> Row:
-    shown = {key: value for key, value in row.items() if key != RAW}
+    shown = without_raw(row)
     if row["kind"] == "form":
-        return shown | _loss(_score(row), _score(reference))
+        return shown | loss_columns(score_of(row), score_of(reference))
     if row["kind"] == "plan" and row["fits"]:
-        shown |= _loss(_score(row), _score(row, "exact_nats"))
+        shown |= loss_columns(score_of(row), score_of(row, "exact_nats"))
         high, bound = max(shown["loss_ci95"]), row["bound"]
         return shown | {"within_bound": shown["loss"] <= bound, "within_bound_ci95": high <= bound}
     if row["kind"] == "reference":
         return shown | {"max_difference": _difference(row)}
     return shown
-
-
-def _score(row: Row, column: str = "nats") -> Score:
-    domains = {
-        name: DomainScore(np.array(found[column]), np.array(found["tokens"])) for name, found in row[RAW].items()
-    }
-    return Score(domains)
-
-
-def _loss(score: Score, exact: Score) -> Row:
-    loss = asdict(compare(score, exact))
-    return {
-        "loss": loss["mean"],
-        "loss_ci95": list(loss["ci95"]),
-        "loss_worst_domain": loss["worst"],
-        "worst_domain": loss["worst_domain"],
-        "loss_per_domain": loss["per_domain"],
-    }
 
 
 def _difference(row: Row) -> dict[str, float] | None:
@@ -121,8 +97,8 @@ def _forms_table(rows: Sequence[Row]) -> Iterator[str]:
         yield f"| (eager transformers) | | {row['nats']:.4f} | | | | {row['next_chunk']:.1%} |"
     for row in _of(rows, "form"):
         yield (
-            f"| {row['form']} | {format_size(row['resident_bytes'])} | {row['nats']:.4f} | {_percent(row['loss'])} "
-            f"| {_percents(row['loss_ci95'])} | {_percent(row['loss_worst_domain'])} ({row['worst_domain']}) "
+            f"| {row['form']} | {format_size(row['resident_bytes'])} | {row['nats']:.4f} | {percent(row['loss'])} "
+            f"| {percents(row['loss_ci95'])} | {percent(row['loss_worst_domain'])} ({row['worst_domain']}) "
             f"| {row['next_chunk']:.1%} |"
         )
 
@@ -139,21 +115,13 @@ def _plans_table(rows: Sequence[Row]) -> Iterator[str]:
             yield head + f"| does not fit below {format_size(row['smallest_bytes'])} |" + " |" * 9
             continue
         plan, per_token = row["plan"], sum(row["bytes_read"].values()) / row["tokens"]
-        loss = "identical" if row["identical"] else _percent(row["loss"])
+        loss = "identical" if row["identical"] else percent(row["loss"])
         floor = f" over {plan['floor']}" if plan["floor"] else ""
         low, high = row["ms_over_exact_ci95"]
         yield head + (
-            f"| {plan['target']}{floor} | {loss} | {_percents(row['loss_ci95'])} "
-            f"| {_percent(row['loss_worst_domain'])} ({row['worst_domain']}) "
+            f"| {plan['target']}{floor} | {loss} | {percents(row['loss_ci95'])} "
+            f"| {percent(row['loss_worst_domain'])} ({row['worst_domain']}) "
             f"| {row['ms_per_token']:.1f} ({row['ms_per_token_p95']:.1f}) "
             f"| {row['ms_over_exact']:.2f} | {low:.2f} to {high:.2f} | {row['hit_rate']:.1%} "
             f"| {row['floor_rate']:.1%} | {format_size(round(per_token))} |"
         )
-
-
-def _percent(share: float) -> str:
-    return f"{round(share, 4) + 0.0:.2%}"  # no "-0.00%"
-
-
-def _percents(ends: Sequence[float]) -> str:
-    return " to ".join(map(_percent, ends))

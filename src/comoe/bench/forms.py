@@ -6,28 +6,29 @@ from typing import Any
 import numpy as np
 
 from comoe.bench.corpus import evaluate
+from comoe.bench.losses import RAW, raw
 from comoe.bench.rows import Row
-from comoe.bench.subject import Subject
+from comoe.bench.served import Served
 from comoe.make.verify import reference_model
 
 DTYPE = "float32"
 
 
-def reference_row(subject: Subject) -> Row:
+def reference_row(subject: Served) -> Row:
     """Eager transformers, beside the figures that the model carries: they are of all there is to measure on."""
     path = subject.folder / "eval.json"
     expected = json.loads(path.read_text("utf-8")) if subject.scope.is_whole and path.exists() else None
     return {**_evaluated(subject, reference_model(subject.folder)), "expected": expected}
 
 
-def form_row(subject: Subject, form: str) -> Row:
+def form_row(subject: Served, form: str) -> Row:
     """Every expert in `form` in memory."""
     model = subject.resident(form, DTYPE)
     with model.comoe:
         return {"resident_bytes": model.comoe.cache.resident_bytes, **_evaluated(subject, model)}
 
 
-def _evaluated(subject: Subject, model: Any) -> Row:
+def _evaluated(subject: Served, model: Any) -> Row:
     """Nats and next-chunk accuracy; `windows` holds the nats of every window."""
     material = subject.material
     score = evaluate(model, subject.tokenizer, material.shared, list(material.valid), subject.scope.windows)
@@ -40,8 +41,5 @@ def _evaluated(subject: Subject, model: Any) -> Row:
         "next_chunk": float(right.mean()),
         "next_chunk_per_domain": {name: float(right[of_domain == name].mean()) for name in score.domains},
         "next_chunk_items": len(right),
-        "windows": {
-            name: {"nats": domain.nats.tolist(), "tokens": domain.tokens.tolist()}
-            for name, domain in score.domains.items()
-        },
+        RAW: raw(score),
     }

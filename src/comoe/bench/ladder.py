@@ -4,41 +4,34 @@ All experts are resident, nothing is streamed; every row is scored by the evalua
 arithmetic. Ablations leave out one ingredient of the chain at a time.
 """
 
-import json
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from importlib.metadata import version
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from time import perf_counter
-from typing import Any
 
 import torch
-from blake3 import blake3
 
 from comoe.bench.bank import Approximation, Bank, Windows
-from comoe.bench.ladder_page import figures, page
+from comoe.bench.document import Document, checkpoints, published, settings, workplace
+from comoe.bench.ladder_figures import figures, page
+from comoe.bench.losses import RAW, raw
 from comoe.bench.material import Material, read_material
 from comoe.bench.published import METHODS
-from comoe.bench.quality import checkpoints
 from comoe.bench.rows import Job, Row, RowFile, collect
+from comoe.bench.subject import Subject
 from comoe.bench.upcycled import NAME as UPCYCLED
 from comoe.bench.upcycled import make_upcycled
 from comoe.defaults import FORMS
-from comoe.device.machine import machine
 from comoe.make.calibrate import cut, fitted
-from comoe.make.export import zeros
-from comoe.make.pack import BATCH_WINDOWS, pack
+from comoe.make.export import expert_weights
+from comoe.make.pack import BATCH_WINDOWS
 from comoe.make.protocol import DecoderEvaluation, EncoderDecoderEvaluation
 from comoe.make.recipe import Recipe
 from comoe.make.score import Score
 from comoe.make.shared import SHARING, Sharing
-from comoe.make.study import arrays
 from comoe.make.text import windows
 from comoe.runtime.experts import SiteMath
-from comoe.runtime.generate import tokenizer_of
 from comoe.store.checkpoint import read_config
 from comoe.store.manifest import Manifest
 from comoe.store.pack import Pack
@@ -81,21 +74,12 @@ def _without(*forms: str) -> tuple[str, ...]:
     return tuple(form for form in FORMS if form not in forms)
 
 
-class Contest:
+class Contest(Subject):
     """One model: what methods are given, what they are scored on, and comoe's packs of it."""
 
     def __init__(self, folder: Path, material: Material, scope: Scope, work: Path) -> None:
-        self.folder, self._material, self._scope, self._work = folder, material, scope, work
-
-    @property
-    def name(self) -> str:
-        return self.folder.name
-
-    @cached_property
-    def hash(self) -> str:
-        """BLAKE3 of every file of the checkpoint."""
-        files = [path for path in sorted(self.folder.iterdir()) if path.is_file()]
-        return blake3(repr([(path.name, blake3(path.read_bytes()).hexdigest()) for path in files]).encode()).hexdigest()
+        super().__init__(folder, work)
+        self._material, self._scope, self._work = material, scope, work
 
     @cached_property
     def recipe(self) -> Recipe:
@@ -103,27 +87,16 @@ class Contest:
 
     @cached_property
     def bank(self) -> Bank:
-        tokenizer = tokenizer_of(self.folder)
-        text = cut(tokenizer, self.recipe.texts, self._window_length, self.recipe.num_tokens)
+        text = cut(self.tokenizer, self.recipe.texts, self._window_length, self.recipe.num_tokens)
         chosen = fitted(text)
         batches = [chosen[at : at + BATCH_WINDOWS] for at in range(0, len(chosen), BATCH_WINDOWS)]
-        return Bank(self.folder, tokenizer, batches, self._work / f"{self.name}.inputs")
+        return Bank(self.folder, self.tokenizer, batches, self._work / f"{self.name}.inputs")
 
     @cached_property
     def windows(self) -> Windows:
         """What is scored: the validation text of every domain."""
-        tokenizer, number = tokenizer_of(self.folder), self._scope.windows
-        return {
-            name: windows(tokenizer, text, self._window_length, number) for name, text in self._material.valid.items()
-        }
-
-    def pack(self, recipe: Recipe) -> Pack:
-        """The pack of a recipe, made now or found."""
-        key = blake3(repr((self.hash, recipe)).encode()).hexdigest()[:16]
-        target = self._work / f"{self.name}-{key}"
-        if not target.exists():
-            pack(self.folder, target, recipe, lambda step, done: None)
-        return Pack(target)
+        length, number = self._window_length, self._scope.windows
+        return {name: windows(self.tokenizer, text, length, number) for name, text in self._material.valid.items()}
 
     @property
     def _window_length(self) -> int:
@@ -131,35 +104,25 @@ class Contest:
         return (EncoderDecoderEvaluation if encodes else DecoderEvaluation).window_length
 
 
-def run(models: Path, shared: Path, *, quick: bool, out: Path | None, progress: Progress) -> dict[str, Any]:
+def run(models: Path, shared: Path, *, quick: bool, out: Path | None, progress: Progress) -> Document:
     """The benchmark's document, of every model in a folder of `models` and of one that is upcycled here.
 
     In `out`, finished rows are kept and gone on with, as are packs and the upcycled model. Raises UsageError.
     """
     scope = QUICK if quick else FULL
     material = read_material(shared, scope.domains, items=0)
-    with ExitStack() as stack:
-        folder = out or Path(stack.enter_context(TemporaryDirectory(prefix="comoe-bench-")))
+    with workplace(out) as folder:
         work = folder / "work"
-        work.mkdir(parents=True, exist_ok=True)
         folders = checkpoints(models)
         if scope.upcycled:
             folders.append(_upcycled(folders, shared, work, progress))
         contests = [Contest(found, material, scope, work) for found in folders]
-        settings = _settings(scope, material, quick=quick)
-        jobs = [job for contest in contests for job in _jobs(contest, scope, settings)]
-        jobs += [job for contest in contests for job in _ablations(contest, scope, settings)]
+        conditions = settings(material, quick=quick, windows=scope.windows, calibration_tokens=scope.calibration_tokens)
+        jobs = [job for contest in contests for job in _jobs(contest, scope, conditions)]
+        jobs += [job for contest in contests for job in _ablations(contest, scope, conditions)]
         rows = collect(jobs, RowFile(folder / f"{NAME}.rows.jsonl"), progress)
-        document = {
-            "name": NAME,
-            "machine": machine(),
-            "settings": settings,
-            "models": {contest.name: contest.hash for contest in contests},
-            **figures(rows),
-        }
-        (folder / f"{NAME}.json").write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", "utf-8")
-        (folder / f"{NAME}.md").write_text(page(document), "utf-8")
-    return document
+        hashes = {contest.name: contest.hash for contest in contests}
+        return published(folder, NAME, conditions, hashes, figures(rows), page)
 
 
 def _upcycled(folders: list[Path], shared: Path, work: Path, progress: Progress) -> Path:
@@ -172,21 +135,8 @@ def _upcycled(folders: list[Path], shared: Path, work: Path, progress: Progress)
     return target
 
 
-def _settings(scope: Scope, material: Material, *, quick: bool) -> dict[str, Any]:
-    """What all rows depend on, beside their model."""
-    return {
-        "comoe": version("comoe"),
-        "quick": quick,
-        "domains": list(material.valid),
-        "windows_per_domain": scope.windows,
-        "calibration_tokens": scope.calibration_tokens,
-        "threads": torch.get_num_threads(),
-        "texts": material.hash,
-    }
-
-
-def _jobs(contest: Contest, scope: Scope, settings: dict[str, Any]) -> Iterator[Job]:
-    depends = {"model": contest.hash, **settings}
+def _jobs(contest: Contest, scope: Scope, conditions: Document) -> Iterator[Job]:
+    depends = {"model": contest.hash, **conditions}
     named = {"model": contest.name}
     yield Job({"kind": "exact", **named}, depends, partial(_exact_row, contest))
     for share in scope.shares:
@@ -197,8 +147,8 @@ def _jobs(contest: Contest, scope: Scope, settings: dict[str, Any]) -> Iterator[
             yield Job({"kind": "published", **named, "method": method, "share": share}, depends, measure)
 
 
-def _ablations(contest: Contest, scope: Scope, settings: dict[str, Any]) -> Iterator[Job]:
-    depends, named = {"model": contest.hash, **settings}, {"model": contest.name}
+def _ablations(contest: Contest, scope: Scope, conditions: Document) -> Iterator[Job]:
+    depends, named = {"model": contest.hash, **conditions}, {"model": contest.name}
     for name, change in ABLATIONS.items():
         for share in scope.ablated_shares:
             recipe = replace(change(contest.recipe), certified=False)
@@ -221,7 +171,7 @@ def _published_row(contest: Contest, method: str, share: float) -> Row:
 
 
 def _our_row(contest: Contest, recipe: Recipe, share: float) -> Row:
-    opened = contest.pack(recipe)
+    opened = Pack(contest.pack(recipe))
     made, name = step_within(opened, contest.bank, share)
     score = contest.bank.nats(made, contest.windows)
     step = next(found for found in opened.manifest.chain if found.name == name)
@@ -245,14 +195,7 @@ def step_within(opened: Pack, bank: Bank, share: float) -> tuple[Approximation, 
 def _layer_weights(opened: Pack, bank: Bank, layer: int, forms: tuple[str, ...]) -> list[dict[str, torch.Tensor]]:
     studied = bank.layers[layer]
     maths = SiteMath(studied.module, studied.site, torch.float32)
-    found = []
-    for index, form in enumerate(forms):
-        if form == "dropped":
-            found.append(zeros(studied.site, torch.float32))
-            continue
-        blobs = [opened.read_bytes(blob) for blob in opened.manifest.blobs(ExpertId(layer, index), form)]
-        found.append({name: tensor.clone() for name, tensor in maths.tensors(form, arrays(blobs)).items()})
-    return found
+    return [expert_weights(opened, maths, ExpertId(layer, index), form) for index, form in enumerate(forms)]
 
 
 def _form_shares(manifest: Manifest, step: str) -> dict[str, float]:
@@ -262,6 +205,4 @@ def _form_shares(manifest: Manifest, step: str) -> dict[str, float]:
 
 
 def _scored(score: Score) -> Row:
-    """Nats, and those of every window, which stay in the file of rows."""
-    windows_of = {name: {"nats": d.nats.tolist(), "tokens": d.tokens.tolist()} for name, d in score.domains.items()}
-    return {"nats": score.mean, "windows": windows_of}
+    return {"nats": score.mean, RAW: raw(score)}

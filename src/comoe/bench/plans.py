@@ -8,7 +8,7 @@ import numpy as np
 
 from comoe.bench.ratio import median_interval
 from comoe.bench.rows import Row
-from comoe.bench.subject import Subject
+from comoe.bench.served import Served
 from comoe.bench.turns import Side, decode_in_turns
 from comoe.make.protocol import Evaluation
 from comoe.make.text import windows
@@ -18,7 +18,7 @@ MIN_WINDOWS = 2
 WARM_UP_TOKENS = 32
 
 
-def plan_row(subject: Subject, bound: float, share: float) -> Row:
+def plan_row(subject: Served, bound: float, share: float) -> Row:
     """The plan for `share` of the experts' bytes at a loss of at most `bound`, in the checkpoint's dtype.
 
     Beside it the exact model decodes, with everything in memory, in the same way and with the same kernel settings.
@@ -49,7 +49,7 @@ def plan_row(subject: Subject, bound: float, share: float) -> Row:
         }
 
 
-def decode_windows(subject: Subject, evaluation: Evaluation) -> tuple[dict[str, list[list[int]]], int]:
+def decode_windows(subject: Served, evaluation: Evaluation) -> tuple[dict[str, list[list[int]]], int]:
     """The windows of every domain that are decoded, and how many tokens of each.
 
     As few windows as hold the scope's tokens, and at least two. They are decoded to their ends, since a window's

@@ -4,33 +4,28 @@ For every model: eager transformers against the figures that it carries, every f
 plan for every bound and budget. Ratios and losses of plans are against the exact model decoding beside them.
 """
 
-import json
 from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
 
-import torch
-
+from comoe.bench.document import Document, checkpoints, published, settings, workplace
 from comoe.bench.figures import figures, page, with_losses
 from comoe.bench.forms import form_row, reference_row
-from comoe.bench.material import FULL, QUICK, Material, Scope, read_material
+from comoe.bench.material import FULL, QUICK, read_material
 from comoe.bench.plans import plan_row
 from comoe.bench.rows import Job, RowFile, collect
-from comoe.bench.subject import CONTEXT, Subject
+from comoe.bench.served import CONTEXT, Served
 from comoe.defaults import FORMS
 from comoe.device.machine import machine
-from comoe.types import Progress, UsageError
+from comoe.types import Progress
 
 NAME = "quality"
 LADDER = ("merged", "q2", "q3", "q4", "q8")
 """The forms that are scored alone, with all experts in one."""
 
 
-def run(models: Path, shared: Path, *, quick: bool, out: Path | None, progress: Progress) -> dict[str, Any]:
+def run(models: Path, shared: Path, *, quick: bool, out: Path | None, progress: Progress) -> Document:
     """The benchmark's document, of every model in a folder of `models`; texts and tasks come from `shared`.
 
     In `out`, finished rows are kept and gone on with (quality.rows.jsonl), as are packs; the document is left there
@@ -38,51 +33,24 @@ def run(models: Path, shared: Path, *, quick: bool, out: Path | None, progress: 
     """
     scope = QUICK if quick else FULL
     material = read_material(shared, scope.domains, scope.items)
-    with ExitStack() as stack:
-        folder = out or Path(stack.enter_context(TemporaryDirectory(prefix="comoe-bench-")))
-        folder.mkdir(parents=True, exist_ok=True)
-        subjects = [stack.enter_context(Subject(m, material, scope, folder / "packs")) for m in checkpoints(models)]
-        settings = _settings(scope, material, quick=quick)
-        jobs = [job for subject in subjects for job in _jobs(subject, settings)]
+    with workplace(out) as folder, ExitStack() as stack:
+        subjects = [stack.enter_context(Served(m, material, scope, folder / "packs")) for m in checkpoints(models)]
+        conditions = settings(
+            material,
+            quick=quick,
+            windows=scope.windows,
+            calibration_tokens=scope.calibration_tokens,
+            decode_tokens_per_domain=scope.decode_tokens,
+            context=CONTEXT,
+        )
+        jobs = [job for subject in subjects for job in _jobs(subject, conditions)]
         rows = with_losses(collect(jobs, RowFile(folder / f"{NAME}.rows.jsonl"), progress))
-        document = {
-            "name": NAME,
-            "machine": machine(),
-            "settings": settings,
-            "models": {subject.name: subject.hash for subject in subjects},
-            **figures(rows),
-            "rows": rows,
-        }
-        (folder / f"{NAME}.json").write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", "utf-8")
-        (folder / f"{NAME}.md").write_text(page(document), "utf-8")
-    return document
+        hashes = {subject.name: subject.hash for subject in subjects}
+        return published(folder, NAME, conditions, hashes, figures(rows) | {"rows": rows}, page)
 
 
-def checkpoints(models: Path) -> list[Path]:
-    """The checkpoints in folders of `models`. UsageError where there are none."""
-    found = sorted(path.parent for path in models.glob("*/config.json"))
-    if not found:
-        raise UsageError(f"{models} holds no models: name a folder of checkpoints by --models or COMOE_SHARED.")
-    return found
-
-
-def _settings(scope: Scope, material: Material, *, quick: bool) -> dict[str, Any]:
-    """What all rows depend on, beside their model."""
-    return {
-        "comoe": version("comoe"),
-        "quick": quick,
-        "domains": list(material.valid),
-        "windows_per_domain": scope.windows,
-        "decode_tokens_per_domain": scope.decode_tokens,
-        "calibration_tokens": scope.calibration_tokens,
-        "context": CONTEXT,
-        "threads": torch.get_num_threads(),
-        "texts": material.hash,
-    }
-
-
-def _jobs(subject: Subject, settings: dict[str, Any]) -> Iterator[Job]:
-    depends = {"model": subject.hash, "machine": machine(), **settings}
+def _jobs(subject: Served, conditions: Document) -> Iterator[Job]:
+    depends = {"model": subject.hash, "machine": machine(), **conditions}
     named = {"model": subject.name}
     yield Job({"kind": "reference", **named}, depends, partial(reference_row, subject))
     for form in ("exact", *reversed(LADDER)):

@@ -12,7 +12,7 @@ from comoe.cli.terminal import print_json, progress_bar
 from comoe.types import UsageError
 
 BENCHMARKS = {
-    "ladder": ("comoe.bench.ladder", "comoe.bench.ladder_page"),
+    "ladder": ("comoe.bench.ladder", "comoe.bench.ladder_figures"),
     "quality": ("comoe.bench.quality", "comoe.bench.figures"),
 }
 """Where each benchmark runs (`run`) and is written down (`page`)."""

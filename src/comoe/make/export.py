@@ -18,7 +18,7 @@ from comoe.store.densefile import RawTensor, write_dense
 from comoe.store.families import experts_modules, is_decorated
 from comoe.store.manifest import DENSE, Certificate
 from comoe.store.pack import Pack
-from comoe.types import ExpertId, Progress, Site, UnsupportedFamily, UsageError
+from comoe.types import ExpertId, Progress, UnsupportedFamily, UsageError
 from comoe.units import format_size
 
 STORED = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
@@ -107,7 +107,7 @@ def _layer(opened: Pack, at: int, module: torch.nn.Module, forms: Sequence[str])
     """A layer's expert tensors under transformers' own names."""
     site, dtype = opened.manifest.site(at), TORCH_DTYPES[opened.manifest.dtype]
     maths = SiteMath(module, site, dtype)
-    experts = [_expert(opened, maths, ExpertId(at, index), form) for index, form in enumerate(forms)]
+    experts = [expert_weights(opened, maths, ExpertId(at, index), form) for index, form in enumerate(forms)]
     if type(module).__name__ in NAMED_APART:
         for index, tensors in enumerate(experts):
             yield from (_raw(f"{site.name}.expert_{index}.{name}", tensor) for name, tensor in tensors.items())
@@ -118,16 +118,10 @@ def _layer(opened: Pack, at: int, module: torch.nn.Module, forms: Sequence[str])
         raise UnsupportedFamily(f"{opened.manifest.model_type} cannot be exported yet: please report it.")
 
 
-def _expert(opened: Pack, maths: SiteMath, expert: ExpertId, form: str) -> dict[str, Tensor]:
-    if form == "dropped":
-        return zeros(maths.site, TORCH_DTYPES[opened.manifest.dtype])
+def expert_weights(opened: Pack, maths: SiteMath, expert: ExpertId, form: str) -> dict[str, Tensor]:
+    """An expert's tensors in a form, written out."""
     blobs = [opened.read_bytes(blob) for blob in opened.manifest.blobs(expert, form)]
     return {name: tensor.clone() for name, tensor in maths.tensors(form, arrays(blobs)).items()}
-
-
-def zeros(site: Site, dtype: torch.dtype) -> dict[str, Tensor]:
-    """An expert that adds nothing."""
-    return {leaf.name: torch.zeros(leaf.shape, dtype=dtype) for leaf in site.leaves}
 
 
 def _raw(name: str, tensor: Tensor) -> RawTensor:

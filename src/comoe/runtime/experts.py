@@ -72,6 +72,8 @@ class SiteMath:
 
         Views of `blobs` where nothing has to be converted.
         """
+        if form == "dropped":
+            return {leaf.name: torch.zeros(leaf.shape, dtype=self._dtype) for leaf in self.site.leaves}
         terms = self._terms(form, blobs)
         return {leaf.name: self._sum(leaf, terms).to(self._dtype) for leaf in self.site.leaves}
 

@@ -1,14 +1,13 @@
 """From the ladder benchmark's rows to its figures: losses, who is best where, targets; and a page to read. Pure."""
 
 from collections.abc import Iterator, Sequence
+from math import inf
 from typing import Any
 
-import numpy as np
-
+from comoe.bench.losses import loss_columns, percent, percents, score_of, without_raw
 from comoe.bench.rows import Row
-from comoe.make.score import DomainScore, Score, compare
+from comoe.make.score import Score, compare
 
-RAW = "windows"
 TARGETS = {0.3: 0.001, 0.16: 0.02, 0.08: 0.1}
 """Losses to keep to at shares of the experts' bytes."""
 
@@ -22,8 +21,8 @@ def figures(rows: Sequence[Row]) -> dict[str, Any]:
     `worst_excess_over_target` is the largest loss above its target, of comoe's in all cells; `beaten_by` the published
     rows that lose less than comoe's chain at the same share, with an interval of the paired difference above 0.
     """
-    exact = {row["model"]: _score(row) for row in rows if row["kind"] == "exact"}
-    scores = {_key(row): _score(row) for row in rows if row.get("reaches")}
+    exact = {row["model"]: score_of(row) for row in rows if row["kind"] == "exact"}
+    scores = {_key(row): score_of(row) for row in rows if row.get("reaches")}
     shown = [_finished(row, exact[row["model"]]) for row in rows]
     ours = [row for row in shown if row["kind"] == "comoe"]
     beaten = []
@@ -37,7 +36,7 @@ def figures(rows: Sequence[Row]) -> dict[str, Any]:
     excess = [row["loss"] - TARGETS[row["share"]] for row in ours if row["share"] in TARGETS]
     return {
         "worst_excess_over_target": max(excess, default=None),
-        "over_target": [_cell(row) for row in ours if row["loss"] > TARGETS.get(row["share"], np.inf)],
+        "over_target": [_cell(row) for row in ours if row["loss"] > TARGETS.get(row["share"], inf)],
         "worst_domain_over_twice_mean": [_cell(row) for row in ours if _is_uneven(row)],
         "beaten_by": beaten,
         "rows": shown,
@@ -57,22 +56,11 @@ def _is_uneven(row: Row) -> bool:
     return bool(row["loss_worst_domain_ci95"][0] > WORST_OVER_MEAN * max(row["loss_ci95"][1], 0.0))
 
 
-def _score(row: Row) -> Score:
-    return Score({name: DomainScore(np.array(d["nats"]), np.array(d["tokens"])) for name, d in row[RAW].items()})
-
-
 def _finished(row: Row, exact: Score) -> Row:
-    shown = {key: value for key, value in row.items() if key != RAW}
+    shown = without_raw(row)
     if row["kind"] == "exact" or not row["reaches"]:
         return shown
-    loss = compare(_score(row), exact)
-    return shown | {
-        "loss": loss.mean,
-        "loss_ci95": list(loss.ci95),
-        "loss_worst_domain": loss.worst,
-        "loss_worst_domain_ci95": list(loss.worst_ci95),
-        "worst_domain": loss.worst_domain,
-    }
+    return shown | loss_columns(score_of(row), exact)
 
 
 def page(document: dict[str, Any]) -> str:
@@ -109,9 +97,4 @@ def _table(rows: Sequence[Row]) -> Iterator[str]:
 def _shown(row: Row | None) -> str:
     if row is None or not row["reaches"]:
         return "-"
-    low, high = row["loss_ci95"]
-    return f"{_percent(row['loss'])} ({_percent(low)} to {_percent(high)})"
-
-
-def _percent(share: float) -> str:
-    return f"{round(share, 4) + 0.0:.2%}"
+    return f"{percent(row['loss'])} ({percents(row['loss_ci95'])})"
