@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import Qwen3MoeForCausalLM
 
 from comoe.bench.bank import Approximation, Bank
+from comoe.bench.gate import layer_mean, shuffled
 from comoe.bench.ladder_figures import TARGETS, figures, page
 from comoe.bench.published import (
     METHODS,
@@ -375,3 +376,29 @@ def test_the_page_shows_every_method_by_share_and_a_dash_where_it_does_not_reach
     assert "| comoe | 2.00% (2.00% to 2.00%) | 5.00% (5.00% to 5.00%) |" in written
     assert "| far | 4.00% (4.00% to 4.00%) | - |" in written
     assert "| without | 7.00% (7.00% to 7.00%) |" in written
+
+
+# --- the gate ---
+
+
+def test_shuffled_experts_are_all_in_the_place_of_another() -> None:
+    experts = [{"w": torch.full((2, 2), float(at))} for at in range(7)]
+    got = [int(found["w"][0, 0]) for found in shuffled(experts)]
+    assert sorted(got) == list(range(7)) and all(at != found for at, found in enumerate(got))
+
+
+def test_the_layer_mean_is_everyones() -> None:
+    experts = [{"w": torch.full((2, 2), float(at))} for at in (1, 2, 6)]
+    assert [found["w"].tolist() for found in layer_mean(experts)] == [[[3.0, 3.0], [3.0, 3.0]]] * 3
+
+
+@pytest.mark.parametrize(("cost", "passes"), [(0.4, False), (0.6, True)])
+def test_a_model_whose_experts_can_be_exchanged_is_said_to_prove_nothing(cost: float, passes: bool) -> None:
+    gate = {"kind": "gate", "model": "toy", "change": "shuffled", **scores(cost / 2)}  # of 2 nats per token
+    document = figures([exact_row(), gate])
+    assert [found["passes"] for found in document["gates"]] == [passes]
+    assert document["gates"][0]["cost"] == pytest.approx(cost)
+    settings = {"comoe": "1", "windows_per_domain": 6, "domains": ["prose", "code"], "calibration_tokens": 9}
+    machine = {"cores": 2, "cpu": "abacus", "torch": "2"}
+    written = page({"machine": machine, "settings": settings, "models": {"toy": "0"}, **document})
+    assert ("proves nothing" in written) == (not passes)

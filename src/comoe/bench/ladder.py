@@ -14,6 +14,7 @@ import torch
 
 from comoe.bench.bank import Approximation, Bank, Windows
 from comoe.bench.document import Document, checkpoints, published, settings, workplace
+from comoe.bench.gate import CHANGES, changed
 from comoe.bench.ladder_figures import figures, page
 from comoe.bench.losses import RAW, raw
 from comoe.bench.material import Material, read_material
@@ -50,11 +51,12 @@ class Scope:
     calibration_tokens: int
     shares: tuple[float, ...]
     ablated_shares: tuple[float, ...]
+    gate: bool
     upcycled: bool
 
 
-FULL = Scope(None, 48, 49152, (0.55, 0.3, 0.16, 0.08), (0.16, 0.08), upcycled=True)
-QUICK = Scope(2, 4, 5120, (0.16,), (), upcycled=False)
+FULL = Scope(None, 48, 49152, (0.55, 0.3, 0.16, 0.08), (0.16, 0.08), gate=True, upcycled=True)
+QUICK = Scope(2, 4, 5120, (0.16,), (), gate=False, upcycled=False)
 
 OWN = tuple(form for form in FORMS if form not in SHARING)
 ABLATIONS: dict[str, Callable[[Recipe], Recipe]] = {
@@ -139,6 +141,8 @@ def _jobs(contest: Contest, scope: Scope, conditions: Document) -> Iterator[Job]
     depends = {"model": contest.hash, **conditions}
     named = {"model": contest.name}
     yield Job({"kind": "exact", **named}, depends, partial(_exact_row, contest))
+    for change in CHANGES if scope.gate else ():
+        yield Job({"kind": "gate", **named, "change": change}, depends, partial(_gate_row, contest, change))
     for share in scope.shares:
         measure = partial(_our_row, contest, contest.recipe, share)
         yield Job({"kind": OURS, **named, "method": OURS, "share": share}, depends, measure)
@@ -158,6 +162,10 @@ def _ablations(contest: Contest, scope: Scope, conditions: Document) -> Iterator
 
 def _exact_row(contest: Contest) -> Row:
     return {"bytes": contest.bank.nbytes, **_scored(contest.bank.nats(None, contest.windows))}
+
+
+def _gate_row(contest: Contest, change: str) -> Row:
+    return _scored(contest.bank.nats(changed(contest.bank, change), contest.windows))
 
 
 def _published_row(contest: Contest, method: str, share: float) -> Row:

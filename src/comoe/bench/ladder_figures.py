@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from math import inf
 from typing import Any
 
+from comoe.bench.gate import NEEDED
 from comoe.bench.losses import loss_columns, percent, percents, score_of, without_raw
 from comoe.bench.rows import Row
 from comoe.make.score import Score, compare
@@ -23,7 +24,8 @@ def figures(rows: Sequence[Row]) -> dict[str, Any]:
     """
     exact = {row["model"]: score_of(row) for row in rows if row["kind"] == "exact"}
     scores = {_key(row): score_of(row) for row in rows if row.get("reaches")}
-    shown = [_finished(row, exact[row["model"]]) for row in rows]
+    gates = [_gated(row, exact[row["model"]]) for row in rows if row["kind"] == "gate"]
+    shown = [_finished(row, exact[row["model"]]) for row in rows if row["kind"] != "gate"]
     ours = [row for row in shown if row["kind"] == "comoe"]
     beaten = []
     for row in shown:
@@ -39,8 +41,15 @@ def figures(rows: Sequence[Row]) -> dict[str, Any]:
         "over_target": [_cell(row) for row in ours if row["loss"] > TARGETS.get(row["share"], inf)],
         "worst_domain_over_twice_mean": [_cell(row) for row in ours if _is_uneven(row)],
         "beaten_by": beaten,
+        "gates": gates,
         "rows": shown,
     }
+
+
+def _gated(row: Row, exact: Score) -> Row:
+    """The nats that a change of all experts costs, and whether that is enough for the model to prove anything."""
+    cost = row["nats"] - exact.mean
+    return {"model": row["model"], "change": row["change"], "cost": cost, "passes": cost >= NEEDED[row["change"]]}
 
 
 def _key(row: Row) -> tuple[str, str, str, float]:
@@ -83,6 +92,10 @@ def _lines(document: dict[str, Any]) -> Iterator[str]:
                 yield f"## {model}{title}\n"
                 yield from _table(found)
                 yield ""
+        for gate in document["gates"]:
+            if gate["model"] == model:
+                needed = f"{NEEDED[gate['change']]} are needed" + ("" if gate["passes"] else ": **it proves nothing**")
+                yield f"Experts {gate['change']}: {gate['cost']:.2f} nats per token more; {needed}.\n"
 
 
 def _table(rows: Sequence[Row]) -> Iterator[str]:
