@@ -1,4 +1,4 @@
-"""The dense part of a pack: one safetensors file, written tensor by tensor so that it never is in memory whole."""
+"""Safetensors files, as the dense part of a pack, written tensor by tensor so that they never are in memory whole."""
 
 import json
 import os
@@ -22,10 +22,16 @@ class RawTensor(NamedTuple):
 
 
 def write_dense(path: Path, names: Iterable[str], tensors: Iterable[RawTensor]) -> int:
-    """Write `tensors`, whose names are `names`, to `path`; returns the bytes of the tensors.
+    """`write_tensors`, and beside the file the index that lets transformers load the folder like any checkpoint."""
+    names = list(names)
+    end = write_tensors(path, names, tensors)
+    index = {"metadata": {"total_size": end}, "weight_map": dict.fromkeys(names, path.name)}
+    path.with_name("model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+    return end
 
-    Beside it goes the index that lets transformers load the folder like any checkpoint.
-    """
+
+def write_tensors(path: Path, names: Iterable[str], tensors: Iterable[RawTensor]) -> int:
+    """Write `tensors`, whose names are `names`, to `path`; returns the bytes of the tensors."""
     names = list(names)
     data_start = align(8 + 64 + sum(len(json.dumps(name)) + NAME_BYTES for name in names), PAGE)
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
@@ -46,6 +52,4 @@ def write_dense(path: Path, names: Iterable[str], tensors: Iterable[RawTensor]) 
         file.flush()
         os.fsync(file.fileno())
     unfinished.replace(path)
-    index = {"metadata": {"total_size": end}, "weight_map": dict.fromkeys(names, path.name)}
-    path.with_name("model.safetensors.index.json").write_text(json.dumps(index, indent=1))
     return end
