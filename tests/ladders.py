@@ -19,10 +19,12 @@ def ladder(
     errors: dict[str, tuple[float, ...]] | None = None,
     clusters: int | None = None,
     steps: dict[str, Sequence[str]] | None = None,
+    calibrated: list[list[float]] | None = None,
 ) -> Ladder:
     """Blobs of `blobs[part]` bytes for every expert, `clusters` of them for `merged`; q8's parts are high and low.
 
-    `steps` come between the forms and exact: by name, the form of every expert of all layers.
+    `steps` come between the forms and exact: by name, the form of every expert of all layers. Losses were certified on
+    text that used experts as in `calibrated`, by default as in `use`.
     """
     num_experts = sum(map(len, use))
     rows = {part: clusters if part == "merged" and clusters else num_experts for part in blobs}
@@ -42,7 +44,8 @@ def ladder(
         chosen = np.array([forms.index(form) for form in assigned])
         rungs.append(Rung(name, forms, chosen, needs, sizes, uses, loss, interval, (errors or {}).get(name, ())))
     quantiles = tuple(at / 10 for at in range(11))
-    return Ladder(tuple(rungs), tuple(np.array(layer, np.float64) for layer in use), quantiles, 1000)
+    by_layer, certified = (tuple(np.array(layer, np.float64) for layer in found) for found in (use, calibrated or use))
+    return Ladder(tuple(rungs), by_layer, certified, quantiles, 1000)
 
 
 STEPS = ("10%", "20%")
@@ -51,9 +54,13 @@ LOSSES = (0.0, 0.001, 0.003, 0.01, 0.04, 0.1, 0.2)
 
 @st.composite
 def ladders(draw: st.DrawFn) -> Ladder:
-    """Any ladder of one to three layers, with up to two mixed steps; not all are certified, losses need not fall."""
-    layer = st.lists(st.sampled_from([0.001, 0.03, 0.1, 0.25, 0.5, 1.0]), min_size=2, max_size=8)
-    use = draw(st.lists(layer, min_size=1, max_size=3))
+    """Any ladder of one to three layers, with up to two mixed steps; not all are certified, losses need not fall.
+
+    It is for a session that uses experts like the calibration text, or not.
+    """
+    each = st.sampled_from([0.001, 0.03, 0.1, 0.25, 0.5, 1.0])
+    use = draw(st.lists(st.lists(each, min_size=2, max_size=8), min_size=1, max_size=3))
+    other = st.tuples(*(st.lists(each, min_size=len(layer), max_size=len(layer)) for layer in use)).map(list)
     names = draw(st.sampled_from([("merged", "high", "low"), ("high", "low"), ("high",), ("merged",), ()]))
     blobs = {name: 4096 * draw(st.integers(1, 50)) for name in (*names, "exact")}
     losses = {form: draw(st.sampled_from([*LOSSES, None])) for form in ("merged", "q4", "q8", *STEPS)}
@@ -61,7 +68,8 @@ def ladders(draw: st.DrawFn) -> Ladder:
     forms = st.sampled_from([form for form, parts in PARTS.items() if {*parts} <= blobs.keys()])
     mixed = st.lists(forms, min_size=num_experts, max_size=num_experts)
     steps = {name: draw(mixed) for name in draw(st.sampled_from([(), STEPS[:1], STEPS]))}
-    return ladder(blobs, losses, use, clusters=draw(st.integers(1, num_experts)), steps=steps)
+    calibrated = draw(st.one_of(st.none(), other))
+    return ladder(blobs, losses, use, clusters=draw(st.integers(1, num_experts)), steps=steps, calibrated=calibrated)
 
 
 costs = st.builds(

@@ -18,6 +18,8 @@ from packs import FORMS, SITE, edit, write_pack
 from comoe.plan.ladder import Band, Ladder, Rung, ladder_of
 from comoe.store.layout import PAGE, layout
 from comoe.store.manifest import MANIFEST, read_manifest
+from comoe.store.profile import PHASES, Profile, Routed
+from comoe.types import UsageError
 
 EVERY = {"merged": 4096, "high": 8192, "low": 4096, "exact": 16384}
 PAGES = {part: -(-layout(SITE, part).nbytes // PAGE) * PAGE for part in EVERY}
@@ -35,10 +37,10 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 def read(original: bytes, tmp_path: Path) -> Callable[..., Ladder]:
     """The ladder of the toy pack, its manifest changed before."""
 
-    def read_(change: Callable[[Any], object] = lambda document: None) -> Ladder:
+    def read_(change: Callable[[Any], object] = lambda document: None, profile: Profile | None = None) -> Ladder:
         (tmp_path / MANIFEST).write_bytes(original)
         edit(tmp_path, change)
-        return ladder_of(read_manifest(tmp_path))
+        return ladder_of(read_manifest(tmp_path), profile)
 
     return read_
 
@@ -211,6 +213,44 @@ def test_use_is_uniform_where_nothing_was_profiled(read: Callable[..., Ladder]) 
 
 def test_a_layer_that_was_never_used_has_no_use(read: Callable[..., Ladder]) -> None:
     assert read(each_layer(frequency=[0, 0, 0, 0])).use[0].tolist() == [0] * 4
+
+
+def seen(*uses: list[int]) -> Profile:
+    """In domains of their own, by turns in prefill and decode: uses of the first layer's experts."""
+    zeros = np.zeros(4, np.int64)
+    routed = {
+        (f"domain {at}", PHASES[at % 2]): Routed(zeros[:2], np.concatenate([found, zeros]), np.zeros(8))
+        for at, found in enumerate(uses)
+    }
+    return Profile((4, 4), routed)
+
+
+def test_a_profile_moves_use_as_much_as_it_saw_beside_two_uses_of_each_expert_on_average(
+    read: Callable[..., Ladder],
+) -> None:
+    found = read(profile=seen([0, 0, 0, 5], [0, 0, 1, 2]))
+    expected = np.array([8 * 0.4, 8 * 0.3, 8 * 0.2 + 1, 8 * 0.1 + 7]) / 16 * 2
+    np.testing.assert_allclose(found.use, [expected, [0.8, 0.6, 0.4, 0.2]])
+    assert found.exact.use.tolist() == np.concatenate(found.use).tolist()
+    np.testing.assert_allclose(read(profile=seen([0, 0, 0, 10**9])).use[0], [0, 0, 0, 2], atol=1e-6)
+
+
+def test_a_profile_that_saw_nothing_changes_nothing(read: Callable[..., Ladder]) -> None:
+    plain, found = read(), read(profile=seen())
+    for ours, theirs in ((plain.use, found.use), (plain.calibrated, found.use), (plain.calibrated, plain.use)):
+        assert [layer.tolist() for layer in ours] == [layer.tolist() for layer in theirs]
+
+
+def test_a_profile_changes_no_price(read: Callable[..., Ladder]) -> None:
+    plain, found = read(), read(profile=seen([1000, 0, 0, 0]))
+    assert found.prices("40%", "20%") == plain.prices("40%", "20%")
+    assert found.exposure(found.rung("40%"), found.rung("20%")) > 1  # the first expert is in that floor coarsely
+    assert plain.exposure(plain.rung("40%"), plain.rung("20%")) == 1
+
+
+def test_the_profile_of_another_model_is_refused(read: Callable[..., Ladder]) -> None:
+    with pytest.raises(UsageError, match="of 8 experts in 1 layers, not of 8 in 2"):
+        read(profile=Profile((8,)))
 
 
 def test_the_profile_of_gates_is_the_manifests(read: Callable[..., Ladder], original: bytes) -> None:

@@ -183,15 +183,16 @@ def test_where_all_coarse_uses_of_a_mixed_floor_take_it_the_loss_is_its_price() 
 
 @given(ladders())
 def test_where_every_layer_streams_and_all_of_it_takes_the_floor_the_loss_is_the_floors(found: Ladder) -> None:
-    """Or more, where in one of the layers the floor is the better of the two."""
+    """On text like that it was certified on. Or more, where in one of the layers the floor is the better of the two."""
     for at, target in enumerate(found.certified):
         for floor in found.certified[:at]:
             ends = np.cumsum([len(use) for use in found.use])[:-1]
-            streamed = [float(layer.sum()) for layer in np.split(target.streamed_beside(floor), ends)]
+            partial = np.split(target.groups_beside(floor) > 0, ends)
+            streamed = [float(use[flags].sum()) for use, flags in zip(found.calibrated, partial, strict=True)]
             if not all(streamed):
                 continue
             spent = Ledger(found.prices(target.name, floor.name), 0.0)
-            for layer, (use, moved) in enumerate(zip(found.use, streamed, strict=True)):
+            for layer, (use, moved) in enumerate(zip(found.calibrated, streamed, strict=True)):
                 share = moved / float(use.sum())
                 spent.add(layer, "fine", 1.0 - share)
                 spent.add(layer, "coarse", share, floor=True)

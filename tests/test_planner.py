@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from math import inf
 
 import numpy as np
@@ -13,7 +14,7 @@ from ladders import bounds, costs, ladder, ladders
 from comoe.memory.cache import BlobCache
 from comoe.plan.cost import Costs, hit_rate
 from comoe.plan.ladder import Band, Ladder, Rung
-from comoe.plan.planner import BACKGROUND_SHARE, TIE, Plan, Planner, frontier, uniform
+from comoe.plan.planner import BACKGROUND_SHARE, TIE, Plan, Planner, _mixed_loss, frontier, uniform
 from comoe.types import DoesNotFit
 
 MIB = 1 << 20
@@ -67,8 +68,10 @@ def fastest_ms(planner: Planner, floor: Rung | None, target: Rung, budget: int, 
     miss = 0.0 if room >= whole else 1 - hit_rate(np.array(partial), room / unit)
     waiting = miss
     if floor is not None:
-        # of streamed uses, all of which make the floor's loss, the share c keeps (1 - c) * target + c * floor <= bound
-        gap = floor.price - target.price
+        # of streamed uses, all of which make the floor's loss on certified text, the share c keeps
+        # (1 - c) * target + c * floor <= bound, where c is of as many uses as that text had
+        certified = [uses for uses, n in zip(np.concatenate(planner.ladder.calibrated), lacking, strict=True) if n]
+        gap = (floor.price - target.price) * (sum(partial) / sum(certified) if certified else 1.0)
         coarse = min(miss, (bound - target.price) / gap if gap > 0 else miss)
         waiting = miss - coarse + BACKGROUND_SHARE * coarse
     read_s = sum(partial) * waiting * (unit / rates.read_bps + rates.read_latency_s)
@@ -277,7 +280,7 @@ def test_a_floor_for_every_miss_has_no_threshold() -> None:
 
 
 def test_without_a_profile_of_gates_they_are_taken_as_evenly_spread() -> None:
-    bare = Ladder(LADDER.rungs, LADDER.use, (), 0)
+    bare = Ladder(LADDER.rungs, LADDER.use, LADDER.use, (), 0)
     assert 0 < Planner(bare, COSTS)._threshold(0.5) < 1
 
 
@@ -330,6 +333,34 @@ def test_only_uses_that_a_mixed_floor_serves_coarsely_carry_its_loss() -> None:
     assert (plan.floor, plan.hit_rate) == ("half", pytest.approx(0.75))
     assert plan.shares == pytest.approx({"exact": 0.75, "q4": 0.25})
     assert plan.loss.high == pytest.approx(0.044 / 2)
+
+
+def test_a_session_that_needs_coarse_experts_more_than_the_certified_text_loses_more_by_them() -> None:
+    """Three of four of its uses, not two: each costs what it cost when the floor was certified."""
+    session = ladder(
+        {"high": MIB // 8, "exact": MIB},
+        {"half": 0.04},
+        [[0.25] * 4 + [0.75] * 4],
+        steps={"half": ["exact"] * 4 + ["q4"] * 4},
+        calibrated=[[0.5] * 8],
+    )
+    slow = Costs(read_bps=1e7, read_latency_s=0.0, memory_bps=1e10, framework_ms=Band(0.0, 0.0))
+    room = 4 * MIB + 4 * MIB // 8 + 2 * MIB
+    pair = session.rung("half"), session.exact
+    loose, tight = (Planner(session, slow)._plan("", *pair, room, bound) for bound in (0.044, 0.022))
+    assert loose is not None and tight is not None
+    assert loose.hit_rate == pytest.approx(1 - 0.75 / 2)
+    assert loose.loss.high == pytest.approx(1.5 * 0.044 / 2)
+    assert tight.loss.high == pytest.approx(0.022)
+    assert tight.shares["q4"] == pytest.approx(0.022 / (1.5 * 0.044) * 0.75)
+    assert session.prices("exact", "half") == HALF_EXACT.prices("exact", "half")
+
+
+def test_the_loss_of_more_coarse_uses_than_were_certified_is_still_a_band() -> None:
+    floor = replace(LADDER.rung("merged"), loss_ci95=Band(0.02, 0.02))
+    target = replace(LADDER.rung("q4"), loss_ci95=Band(0.0, 0.01))
+    assert _mixed_loss(floor, target, 0.5) == pytest.approx((0.01, 0.015))
+    assert _mixed_loss(floor, target, 1.5) == pytest.approx((0.025, 0.025))
 
 
 def test_with_room_for_what_a_mixed_floor_lacks_nothing_is_waited_for() -> None:

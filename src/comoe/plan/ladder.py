@@ -9,11 +9,19 @@ import numpy.typing as npt
 
 from comoe.store.layout import PAGE, align
 from comoe.store.manifest import FORM_PARTS, LayerEntry, Manifest
+from comoe.store.profile import Profile
 
 Array = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.bool_]
 Assignment = Sequence[Sequence[str]]
+
+PRIOR_USES = 2
+"""Of each expert, on average, as many uses as the pack's own shares count for beside those of a profile.
+
+A short session has left most experts out by chance, not by nature. Shares are Dirichlet distributed around the pack's;
+so many foretell both what it uses later and what it hits well: docs/decisions/012.
+"""
 
 
 class Band(NamedTuple):
@@ -126,13 +134,15 @@ class Prices(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Ladder:
-    """Rungs from coarse to exact, and the profile: the pack's forms, each for all experts, and the steps of its chain.
+    """Rungs from coarse to exact, and how experts are used: the forms, each for all experts, and the chain's steps.
 
-    `use[layer]` (E,) is the expected number of uses of every expert per token; `gate_quantiles` as in the manifest.
+    `use[layer]` (E,) is the expected number of uses of every expert per token, `calibrated[layer]` that of text such as
+    losses were certified on; `gate_quantiles` as in the manifest.
     """
 
     rungs: tuple[Rung, ...]
     use: tuple[Array, ...]
+    calibrated: tuple[Array, ...]
     gate_quantiles: tuple[float, ...]
     expert_bytes_bf16: int
 
@@ -158,7 +168,7 @@ class Ladder:
         """The prices of a plan: where all uses that may miss take the floor, the loss is the floor's.
 
         A floor may hold experts in the target's own form. Uses of those never take it, so the others bear its whole
-        price.
+        price: by how often they were used when it was certified, whatever a session does.
         """
         wanted = self.rung(target)
         fine = tuple(wanted.loss_rate(layer) for layer in range(len(self.use)))
@@ -166,14 +176,21 @@ class Ladder:
             return Prices(fine, fine)
         other = self.rung(floor)
         ends = np.cumsum([len(layer) for layer in self.use])[:-1]
-        streamed = [float(layer.sum()) for layer in np.split(wanted.streamed_beside(other), ends)]
+        partial = np.split(wanted.groups_beside(other) > 0, ends)
+        streamed = [float(layer[flags].sum()) for layer, flags in zip(self.calibrated, partial, strict=True)]
         coarse = tuple(
-            max(0.0, rate + (other.loss_rate(at) - rate) * float(self.use[at].sum()) / streamed[at])
+            max(0.0, rate + (other.loss_rate(at) - rate) * float(self.calibrated[at].sum()) / streamed[at])
             if streamed[at]
             else rate
             for at, rate in enumerate(fine)
         )
         return Prices(fine, coarse)
+
+    def exposure(self, target: Rung, floor: Rung | None) -> float:
+        """How often a session uses what is streamed beside `floor`, over how often the certified text did."""
+        partial = target.groups_beside(floor) > 0
+        certified = float(np.concatenate(self.calibrated)[partial].sum())
+        return float(target.use[partial].sum()) / certified if certified else 1.0
 
     def rung(self, name: str) -> Rung:
         """KeyError where the pack has no such form or step."""
@@ -183,9 +200,13 @@ class Ladder:
         raise KeyError(name)
 
 
-def ladder_of(manifest: Manifest) -> Ladder:
-    """The ladder and profile of a pack."""
-    use = tuple(_use(layer.frequency, layer.num_experts, manifest.experts_per_token) for layer in manifest.layers)
+def ladder_of(manifest: Manifest, profile: Profile | None = None) -> Ladder:
+    """The ladder of a pack, for text that uses experts like that of `profile`, by default like the pack's calibration.
+
+    UsageError for the profile of another model.
+    """
+    calibrated = _uses_per_token(manifest, None)
+    use = _uses_per_token(manifest, profile)
     blobs = _Blobs(manifest)
     steps = {step.name: step.certificate for step in manifest.chain}
     names = [*(form for form in manifest.forms if form not in steps and form != "exact"), *steps]
@@ -207,7 +228,7 @@ def ladder_of(manifest: Manifest) -> Ladder:
                 errors=_errors(manifest, assignment),
             )
         )
-    return Ladder(tuple(rungs), use, manifest.gate_quantiles, manifest.expert_bytes_bf16)
+    return Ladder(tuple(rungs), use, calibrated, manifest.gate_quantiles, manifest.expert_bytes_bf16)
 
 
 class _Blobs:
@@ -250,7 +271,13 @@ def _layer_error(layer: LayerEntry, forms: Sequence[str]) -> float | None:
     return sum(layer.errors[form][expert] for expert, form in enumerate(forms) if form != "exact")
 
 
-def _use(frequency: tuple[float, ...], num_experts: int, experts_per_token: int) -> Array:
-    """Uses per token; uniform where nothing was profiled."""
-    shares: Array = np.array(frequency or [1 / num_experts] * num_experts)
-    return np.asarray(shares / max(shares.sum(), 1e-12) * experts_per_token)
+def _uses_per_token(manifest: Manifest, profile: Profile | None) -> tuple[Array, ...]:
+    """Uses per token by layer: the pack's, uniform where nothing was calibrated, moved by what `profile` saw."""
+    shares = [np.array(layer.frequency or [1 / layer.num_experts] * layer.num_experts) for layer in manifest.layers]
+    if profile is not None:
+        profile.check_experts([layer.num_experts for layer in manifest.layers])
+        uses = profile.uses()
+        if uses is not None:
+            pairs = zip(shares, profile.by_layer(uses), strict=True)
+            shares = [PRIOR_USES * len(prior) * prior + seen for prior, seen in pairs]
+    return tuple(layer / max(layer.sum(), 1e-12) * manifest.experts_per_token for layer in shares)

@@ -106,7 +106,8 @@ class Planner:
         use, streamed = target.use, target.streamed_beside(floor)
         unit = whole / max(int((target.groups_beside(floor) > 0).sum()), 1)
         missed = 1.0 - hit_rate(streamed[streamed > 0], len(use) if room >= whole else room / unit)
-        coarse = _coarse_share(floor, target, missed, max_loss)
+        exposure = self.ladder.exposure(target, floor)
+        coarse = _coarse_share(floor, target, missed, max_loss, exposure)
         num_streamed = float(streamed.sum())
         waits = num_streamed * (missed - coarse + BACKGROUND_SHARE * coarse)
         ms = sum(self.costs.expert_ms(nbytes, form) for form, nbytes in target.touched.items())
@@ -120,7 +121,7 @@ class Planner:
             refinement_bytes=room,
             wait_threshold=self._threshold(coarse / missed if missed else 1.0) if floor else 0.0,
             ms_per_token=Band(self.costs.framework_ms.low + ms, self.costs.framework_ms.high + 1.5 * ms),
-            loss=_mixed_loss(floor, target, coarse),
+            loss=_mixed_loss(floor, target, coarse * exposure),
             start_seconds=self.costs.read_ms(_floor_bytes(floor), 1) / 1e3,
             fetch_bytes=fetch,
             shares=target.shares_over(floor, coarse),
@@ -163,18 +164,21 @@ def _floor_bytes(floor: Rung | None) -> int:
     return floor.nbytes if floor else 0
 
 
-def _coarse_share(floor: Rung | None, target: Rung, missed: float, max_loss: float) -> float:
+def _coarse_share(floor: Rung | None, target: Rung, missed: float, max_loss: float, exposure: float) -> float:
     """Share of streamed uses that may take the floor: all misses, or what the bound leaves beside the target's loss."""
     if floor is None:
         return 0.0
-    gap = floor.price - target.price
+    gap = exposure * (floor.price - target.price)
     return missed if gap <= 0 else min(missed, (max_loss - target.price) / gap)
 
 
 def _mixed_loss(floor: Rung | None, target: Rung, coarse: float) -> Band:
-    """The loss where `coarse` of the streamed uses take the floor: all of them make the floor's."""
+    """The loss where `coarse` of the streamed uses take the floor: all that there are on certified text make its own.
+
+    A session that uses them more may have more than all.
+    """
     low, high = target.loss_ci95
     if floor is not None:
         low += coarse * (floor.loss_ci95.low - low)
         high += coarse * (floor.loss_ci95.high - high)
-    return Band(max(0.0, low), max(0.0, high))
+    return Band(max(0.0, min(low, high)), max(0.0, high))
