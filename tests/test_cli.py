@@ -327,7 +327,7 @@ def test_a_flipped_byte_stops_the_run_and_fails_verification(comoe: Comoe, copie
     assert json.loads(checked.out)["errors"]
 
 
-@pytest.mark.parametrize("name", ["dense.safetensors", "tokenizer.json"])
+@pytest.mark.parametrize("name", ["dense.safetensors", "profile.safetensors", "tokenizer.json"])
 def test_a_flipped_byte_beside_the_blobs_stops_the_run_and_fails_verification(
     comoe: Comoe, copied: Path, name: str
 ) -> None:

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from comoe.make.export import export
 from comoe.runtime.load import Loader, Options
 from comoe.store.pack import Pack
+from comoe.store.profile import PROFILE
 from comoe.types import UsageError
 
 IDS = torch.arange(5, 45)[None]
@@ -28,6 +29,7 @@ def test_the_exact_step_is_the_checkpoint_bit_for_bit(packed: Path, tmp_path: Pa
     original = AutoModelForCausalLM.from_pretrained(packed.parent / "source", dtype=torch.float32).state_dict()
     assert found.keys() == original.keys()
     assert all(torch.equal(found[name], original[name]) for name in original)
+    assert (packed / PROFILE).exists() and not (tmp_path / "out" / PROFILE).exists()
 
 
 def test_a_step_computes_what_the_pack_computes(packed: Path, tmp_path: Path) -> None:

@@ -47,17 +47,29 @@ class LayerInputs:
         tokens, positions = torch.where(self.index == expert)
         return self.x[tokens], self.gate[tokens, positions]
 
-    def frequency(self, num_experts: int) -> list[float]:
-        """Share of all uses by expert."""
-        used = self.index[self.index < num_experts]
-        return (torch.bincount(used, minlength=num_experts) / max(len(used), 1)).tolist()
+    def rows(self, start: int, end: int) -> "LayerInputs":
+        """What it saw from one token to another."""
+        return LayerInputs(self.x[start:end], self.index[start:end], self.gate[start:end])
 
-    def mass(self, num_experts: int) -> list[float]:
-        """Share of all gates by expert; some families have negative ones, whose size counts."""
+    def uses(self, num_experts: int) -> Tensor:
+        """Uses by expert (E,)."""
+        return torch.bincount(self.index[self.index < num_experts], minlength=num_experts)
+
+    def gates(self, num_experts: int) -> Tensor:
+        """Sum of the gates by expert (E,), float64; some families have negative ones, whose size counts."""
         kept = self.index < num_experts
         total = torch.zeros(num_experts, dtype=torch.float64)
-        total.index_add_(0, self.index[kept], self.gate[kept].abs().double())
-        return (total / total.sum().clamp(min=1e-12)).tolist()
+        return total.index_add_(0, self.index[kept], self.gate[kept].abs().double())
+
+    def frequency(self, num_experts: int) -> list[float]:
+        """Share of all uses by expert."""
+        uses = self.uses(num_experts)
+        return (uses / uses.sum().clamp(min=1)).tolist()
+
+    def mass(self, num_experts: int) -> list[float]:
+        """Share of all gates by expert."""
+        gates = self.gates(num_experts)
+        return (gates / gates.sum().clamp(min=1e-12)).tolist()
 
 
 class Recorder:

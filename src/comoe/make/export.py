@@ -18,6 +18,7 @@ from comoe.store.densefile import RawTensor, write_dense
 from comoe.store.families import experts_modules, is_decorated
 from comoe.store.manifest import DENSE, Certificate
 from comoe.store.pack import Pack
+from comoe.store.profile import PROFILE
 from comoe.types import ExpertId, Progress, UnsupportedFamily, UsageError
 from comoe.units import format_size
 
@@ -45,7 +46,7 @@ def export(opened: Pack, step: str, target: Path, progress: Progress) -> None:
     unfinished = target.with_name(f"{target.name}.partial")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    for name in manifest.files:
+    for name in manifest.files.keys() - {PROFILE}:
         shutil.copyfile(opened.folder / name, unfinished / name)
     places = dict.fromkeys(_names(unfinished), DENSE)
     model = skeleton_of(read_config(opened.folder))

@@ -7,7 +7,7 @@ The same input gives the same bytes.
 import fcntl
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from errno import EDQUOT, ENOSPC
@@ -18,10 +18,8 @@ from time import perf_counter
 from typing import Any
 
 import msgspec
-import numpy as np
 import torch
 from blake3 import blake3
-from torch import Tensor
 
 from comoe.device import process
 from comoe.make.calibrate import LayerInputs, check_calibratable, cut, fitted, held_out, record, recorded
@@ -39,6 +37,7 @@ from comoe.make.estimate import (
 from comoe.make.layers import build
 from comoe.make.protocol import Evaluation
 from comoe.make.recipe import CALIBRATED_FORMS, Recipe, Report
+from comoe.make.routing import gate_quantiles, profiled
 from comoe.make.study import Layer
 from comoe.runtime.generate import tokenizer_of
 from comoe.runtime.skeleton import load_skeleton
@@ -60,6 +59,7 @@ from comoe.store.manifest import (
     encode,
 )
 from comoe.store.pack import Pack, file_hash, header_hash, source_entry
+from comoe.store.profile import PROFILE, write_profile
 from comoe.types import CheckpointError, ComoeError, Progress, StorageFull, UsageError
 from comoe.units import format_seconds, format_size
 
@@ -252,14 +252,17 @@ class Packer:
             return False
         done = self._work / "calibrated"
         if not done.exists():
-            self._record(fitted(self._windows), INPUTS, 0.0, 0.15)
-            self._record([w for found in held_out(self._windows).values() for w in found], JUDGED, 0.15, 0.2)
+            texts = {domain: fitted({domain: found}) for domain, found in self._windows.items()}
+            self._record(texts.values(), INPUTS, 0.0, 0.15)
+            self._record([[w for found in held_out(self._windows).values() for w in found]], JUDGED, 0.15, 0.2)
+            experts = [site.num_experts for site in self._checkpoint.sites]
+            write_profile(self._folder / PROFILE, profiled(self._inputs, experts, texts))
             done.touch()
         return True
 
-    def _record(self, windows: list[list[int]], name: str, start: float, end: float) -> None:
+    def _record(self, texts: Iterable[list[list[int]]], name: str, start: float, end: float) -> None:
         evaluation = self._evaluation
-        batches = [windows[at : at + BATCH_WINDOWS] for at in range(0, len(windows), BATCH_WINDOWS)]
+        batches = [text[at : at + BATCH_WINDOWS] for text in texts for at in range(0, len(text), BATCH_WINDOWS)]
         for count in record(evaluation.model, self._checkpoint, batches, evaluation, self._work / name):
             self._progress("calibration", start + (end - start) * count / len(batches))
 
@@ -282,6 +285,11 @@ class Packer:
 
     def _recorded(self, name: str, layer: int) -> LayerInputs:
         return recorded(self._work / name, layer)
+
+    @property
+    def _inputs(self) -> Iterator[LayerInputs]:
+        """What every layer saw of the text that forms are fitted to."""
+        return (self._recorded(INPUTS, layer) for layer in range(len(self._checkpoint.sites)))
 
     def _layers(self, calibrated: bool) -> tuple[LayerEntry, ...]:
         entries = []
@@ -320,7 +328,7 @@ class Packer:
             ),
             dense_bytes=dense_bytes,
             dense=dense_entry(checkpoint.config),
-            gate_quantiles=self._gate_quantiles() if calibrated else (),
+            gate_quantiles=gate_quantiles(self._inputs) if calibrated else (),
             files=self._file_hashes(),
             source=source_entry(checkpoint.folder.resolve(), checkpoint.files) if referring else None,
         )
@@ -333,11 +341,6 @@ class Packer:
 
     def _blob_files(self) -> list[Path]:
         return list(self._folder.glob("[0-9][0-9][0-9]-*.safetensors"))
-
-    def _gate_quantiles(self) -> tuple[float, ...]:
-        layers = range(len(self._checkpoint.sites))
-        gates: list[Tensor] = [self._recorded(INPUTS, layer).gate.abs().flatten() for layer in layers]
-        return tuple(np.quantile(torch.cat(gates).numpy(), np.linspace(0, 1, 11)).tolist())
 
     def _with_chain(self, manifest: Manifest) -> Manifest:
         """The manifest with its chain, certified where there is text enough; forms that it does not use are left out
