@@ -88,22 +88,28 @@ ONCE = {"prompt", "prompt_file", "stop", "output", "step", "calib", "folder", "t
 """Options of one call: nobody wants them for every call."""
 
 
+LEAVES = """
+from comoe.cli import app
+from typer.main import get_command
+
+def below(command):
+    return [leaf for child in getattr(command, "commands", {}).values() for leaf in below(child)] or [command]
+
+commands = below(get_command(app))
+"""
+"""Every command that does something, those of groups too."""
+
+
 def test_every_lasting_option_has_its_twin_in_the_environment() -> None:
-    code = (
-        "from comoe.cli import app\nfrom typer.main import get_command\ncommands = get_command(app).commands.values()"
-    )
     options = "{p.name: p.envvar for command in commands for p in command.params if p.param_type_name == 'option'}"
-    twins = {name: variable for name, variable in answer(code, options).items() if name not in ONCE}
-    assert "expert_memory" in twins
+    twins = {name: variable for name, variable in answer(LEAVES, options).items() if name not in ONCE}
+    assert {"expert_memory", "profile"} <= twins.keys()
     assert twins == {name: f"COMOE_{name.upper()}" for name in twins}
 
 
 def test_every_switch_that_may_be_on_by_a_twin_can_be_turned_off_by_a_flag() -> None:
-    code = (
-        "from comoe.cli import app\nfrom typer.main import get_command\ncommands = get_command(app).commands.values()"
-    )
     switches = "p for command in commands for p in command.params if getattr(p, 'is_flag', False) and p.envvar"
-    off = answer(code, f"{{p.name: p.secondary_opts for p in ({switches})}}")
+    off = answer(LEAVES, f"{{p.name: p.secondary_opts for p in ({switches})}}")
     assert {"json", "exact", "chat", "quick"} <= off.keys()
     assert off == {name: [f"--no-{name.replace('_', '-')}"] for name in off}
 

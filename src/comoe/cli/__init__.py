@@ -21,6 +21,7 @@ from comoe.cli.export import command as export
 from comoe.cli.inspect import command as inspect
 from comoe.cli.pack import command as pack
 from comoe.cli.plan import command as plan
+from comoe.cli.profile import app as profile
 from comoe.cli.run import command as run
 from comoe.cli.verify import command as verify
 from comoe.types import ComoeError
@@ -53,6 +54,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
 }
 for name, command in COMMANDS.items():
     app.command(name, cls=Command)(command)
+app.add_typer(profile, name="profile")
 
 
 def _print_version(wanted: bool) -> None:

@@ -37,7 +37,8 @@ def defaults_of(path: str | None, group: Any) -> dict[str, dict[str, Any]]:
     _check_keys(tables, flags, f"{file}, table")
     for command, values in tables.items():
         _check(values, flags[command], f"{file}, [{command}]")
-    return {command: _merged(shared, tables.get(command, {}), found) for command, found in flags.items()}
+    found = {name: _merged(shared, tables.get(name, {}), known) for name, known in flags.items()}
+    return {name: _for_each(group.commands[name], values) for name, values in found.items()}
 
 
 def _merged(shared: Mapping[str, Any], own: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
@@ -47,11 +48,20 @@ def _merged(shared: Mapping[str, Any], own: Mapping[str, Any], flags: Mapping[st
     return {name: value for name, value in top.items() if name not in gone} | table
 
 
+def _for_each(command: Any, values: dict[str, Any]) -> dict[str, Any]:
+    """A command's parameters; a group's are those of each command below it."""
+    return dict.fromkeys(command.commands, values) if hasattr(command, "commands") else values
+
+
 def _flags(command: Any) -> dict[str, Any]:
-    """A command's options by their long flags, without dashes; `json = false` is what turns an on/off flag off."""
+    """A command's options by their long flags, without dashes; `json = false` is what turns an on/off flag off.
+
+    A group has those of the commands below it.
+    """
     return {
         flag.removeprefix("--"): parameter
-        for parameter in command.params
+        for each in getattr(command, "commands", {"": command}).values()
+        for parameter in each.params
         for flag in parameter.opts
         if flag.startswith("--") and flag != "--help"
     }

@@ -60,6 +60,14 @@ Source = Annotated[
         envvar="COMOE_SOURCE", metavar="FOLDER", help="Where the checkpoint is now, if it moved since it was packed."
     ),
 ]
+ProfilePath = Annotated[
+    Path | None,
+    Option(
+        envvar="COMOE_PROFILE",
+        metavar="FILE",
+        help="How text uses experts: plans are for text like that. A run adds its own, and makes the file.",
+    ),
+]
 
 
 class Wish(NamedTuple):

@@ -19,6 +19,7 @@ from comoe.cli.options import (
     MaxLoss,
     Memory,
     PackPath,
+    ProfilePath,
     Source,
     Threads,
     Wish,
@@ -29,10 +30,12 @@ from comoe.defaults import CONTEXT
 from comoe.device import process
 from comoe.device.costs import measured_costs
 from comoe.device.memory import check_possible, default_memory
+from comoe.plan.cost import Costs
 from comoe.plan.footprint import INTERPRETER_BYTES, Workload, advised, beside_experts, dtype_of
 from comoe.plan.ladder import ladder_of
 from comoe.plan.planner import Plan, Planner, frontier
 from comoe.store.pack import Pack, refuse_idle_source
+from comoe.store.profile import read_profile
 from comoe.types import DoesNotFit, UsageError
 from comoe.units import format_size, parse_budget, parse_link, parse_size
 
@@ -54,6 +57,7 @@ def command(
         Option(envvar="COMOE_LINK", metavar="RATE,RTT", help="Read experts over a link such as 40Mbit,20ms."),
     ] = None,
     source: Source = None,
+    profile: ProfilePath = None,
     json: Json = False,
 ) -> None:
     """Show what would run in a budget, and what it costs.
@@ -67,7 +71,8 @@ def command(
     wished = wish(memory, expert_memory, max_loss, exact)
     opened = Pack(pack, source=source)
     refuse_idle_source(source, pack, opened.manifest)
-    planner = _planner(opened, dtype, threads, link)
+    known = read_profile(profile) if profile is not None else None
+    planner = Planner(ladder_of(opened.manifest, known), _costs(opened, dtype, threads, link))
     forms = planner.ladder.forms(wished.max_loss)
     work = Workload(context or CONTEXT, dtype_of(opened.manifest, dtype), forms)
     budget, beside = _expert_budget(wished, opened, work)
@@ -108,13 +113,13 @@ def _row(plan: Plan) -> list[str]:
     ]
 
 
-def _planner(pack: Pack, dtype: str | None, threads: int | None, link: str | None) -> Planner:
+def _costs(pack: Pack, dtype: str | None, threads: int | None, link: str | None) -> Costs:
     cores = len(os.sched_getaffinity(0))
     costs = measured_costs(pack, perf_counter, threads=min(threads or cores, cores), dtype=dtype)
     if link is not None:
         rate, latency = parse_link(link)
         costs = replace(costs, read_bps=rate, read_latency_s=latency)
-    return Planner(ladder_of(pack.manifest), costs)
+    return costs
 
 
 def _expert_budget(wished: Wish, pack: Pack, work: Workload) -> tuple[int, int]:

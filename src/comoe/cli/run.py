@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
@@ -16,6 +17,7 @@ from comoe.cli.options import (
     MaxLoss,
     Memory,
     PackPath,
+    ProfilePath,
     Seed,
     Source,
     Threads,
@@ -23,9 +25,11 @@ from comoe.cli.options import (
     switch,
     wish,
 )
+from comoe.cli.profile import check_place, keep
 from comoe.cli.terminal import print_json, say
 from comoe.defaults import CONTEXT, MAX_NEW_TOKENS, SEED, TEMPERATURE, TOP_K, TOP_P
 from comoe.store.manifest import read_manifest
+from comoe.store.profile import read_profile
 from comoe.types import UsageError
 from comoe.units import format_size
 
@@ -67,6 +71,7 @@ def command(
     edge: Annotated[
         list[str] | None, Option(envvar="COMOE_EDGE", metavar="URL...", help="Edge nodes to read from.")
     ] = None,
+    profile: ProfilePath = None,
     json: Json = False,
 ) -> None:
     """Generate text inside a budget.
@@ -83,8 +88,9 @@ def command(
     given = _given(prompt, prompt_file)
     if given is None and json:
         raise UsageError("--json needs a prompt: give --prompt or --prompt-file.")
-    session.load(given, context, dtype=dtype, threads=threads, source=source, edges=tuple(edge or ()))
-    with session.model.comoe:
+    known = _existing(profile)
+    session.load(given, context, dtype=dtype, threads=threads, source=source, edges=tuple(edge or ()), profile=known)
+    with session.model.comoe, _profiled(session, profile):
         if given is None:
             session.converse(_asked())
             return
@@ -172,6 +178,25 @@ class Session:
         messages = [*self._messages, {"role": "user", "content": prompt}]
         framed: str = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return framed
+
+
+def _existing(profile: Path | None) -> Path | None:
+    """The profile to plan by, None where this run makes it. UsageError where that cannot be."""
+    if profile is None:
+        return None
+    check_place(profile)
+    return profile if profile.exists() else None
+
+
+@contextmanager
+def _profiled(session: Session, profile: Path | None) -> Iterator[None]:
+    """Add to the file `profile` what a session routed, however it ends; another may have added to it meanwhile."""
+    try:
+        yield
+    finally:
+        if profile is not None:
+            found = session.model.comoe.profile
+            keep(profile, read_profile(profile) + found if profile.exists() else found)
 
 
 def _given(prompt: str | None, prompt_file: Path | None) -> str | None:

@@ -3,16 +3,23 @@
 from types import TracebackType
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from comoe.device import process
 from comoe.memory.cache import BlobCache
 from comoe.plan.ledger import Ledger
 from comoe.plan.planner import Plan
 from comoe.runtime.layer import Counts, Serving
 from comoe.store.pack import Pack
+from comoe.store.profile import PHASES, Profile, Routed
 from comoe.types import DoesNotFit, UsageError
 
 SLACK_BYTES = 4 << 20
 """Memory may go so far beyond the sizes that were measured before the cache gives way, twice as much at a time."""
+
+
+SESSION = "session"
+"""What the domain of a served model's profile is called."""
 
 
 class Promise(NamedTuple):
@@ -57,6 +64,17 @@ class Comoe:
     @property
     def cache(self) -> BlobCache:
         return self._serving.cache
+
+    @property
+    def profile(self) -> Profile:
+        """What routers chose since the model was loaded, by phase; the domain is `SESSION`."""
+        routed = {}
+        for phase, seen in zip(PHASES, zip(*self._serving.seen, strict=True), strict=True):
+            tokens = np.array([layer.tokens for layer in seen])
+            if tokens.any():
+                uses, gates = ([getattr(layer, name) for layer in seen] for name in ("uses", "gates"))
+                routed[SESSION, phase] = Routed(tokens, np.concatenate(uses), np.concatenate(gates))
+        return Profile(tuple(layer.num_experts for layer in self._pack.manifest.layers), routed)
 
     def resize(self, nbytes: int) -> None:
         """Change the budget to `nbytes`, of the process or of the experts, whichever `load` was given.

@@ -54,6 +54,18 @@ class Counts:
 
 
 @dataclass(slots=True)
+class Seen:
+    """What a layer's router chose in one phase since the model was loaded, as in a profile.
+
+    Plain numbers, which a decode step counts at once: see `runtime.handle` for the profile itself.
+    """
+
+    uses: list[int]
+    gates: list[float]
+    tokens: int = 0
+
+
+@dataclass(slots=True)
 class Serving:
     """What the layers of a running model share. `before_read` is called before a chunk asks for its experts."""
 
@@ -64,6 +76,12 @@ class Serving:
     counts: Counts = field(default_factory=Counts)
     before_read: Callable[[], None] | None = None
     rungs: dict[str, list[list[Way]]] = field(default_factory=dict)
+    seen: list[tuple[Seen, Seen]] = field(init=False)
+    """By layer: of prefill, and of decoding."""
+
+    def __post_init__(self) -> None:
+        sizes = [layer.num_experts for layer in self.manifest.layers]
+        self.seen = [(Seen([0] * size, [0.0] * size), Seen([0] * size, [0.0] * size)) for size in sizes]
 
     def way(self, layer: int, expert: int, rung: str) -> Way:
         """How `expert` runs in a form or a step of the chain."""
@@ -82,6 +100,7 @@ class ServedLayer:
     def __init__(self, index: int, maths: SiteMath, serving: Serving) -> None:
         self._index, self._maths, self.serving = index, maths, serving
         self._num_experts = serving.manifest.layers[index].num_experts
+        self._seen = serving.seen[index]
 
     def forward(self, module: nn.Module, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
         """Sum over each token's experts: `x` (N, H), `index` and `weight` (N, K) to (N, H).
@@ -91,6 +110,7 @@ class ServedLayer:
         start_s = perf_counter()
         chunks = zip(*(torch.split(t, CHUNK_TOKENS) for t in (x, index, weight)), strict=True)
         decode = len(x) <= DECODE_TOKENS
+        self._seen[decode].tokens += len(x)
         outputs = [self._chunk(*chunk, decode=decode) for chunk in chunks]
         self.serving.counts.expert_s += perf_counter() - start_s
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
@@ -133,6 +153,9 @@ class ServedLayer:
         serving.counts.hits += hit
         serving.counts.floor_uses += floor is not None
         serving.ledger.add(self._index, way.form, use.gate, floor=floor is not None, decode=decode)
+        seen = self._seen[decode]
+        seen.uses[use.expert] += len(use.tokens)
+        seen.gates[use.expert] += use.gate
         return way
 
     def _may_take_floor(self, use: Use) -> bool:

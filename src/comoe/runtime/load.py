@@ -29,6 +29,7 @@ from comoe.runtime.threads import use_threads
 from comoe.store.families import experts_modules
 from comoe.store.layout import PAGE
 from comoe.store.pack import Pack, refuse_idle_source
+from comoe.store.profile import Profile, read_profile
 from comoe.types import DoesNotFit, RemoteUnavailable, UsageError
 from comoe.units import format_size, parse_budget, parse_share, parse_size
 
@@ -38,13 +39,14 @@ class Options:
     """How to serve a pack, beyond its budget.
 
     `max_loss` is a fraction; `context` the longest prompt and answer together, in tokens; `dtype` the compute dtype,
-    by default the checkpoint's.
+    by default the checkpoint's; `profile` tells how the text to come uses experts, by default as the pack's own did.
     """
 
     max_loss: float = 0.0
     context: int = CONTEXT
     dtype: str | None = None
     threads: int | None = None
+    profile: Profile | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.max_loss < float("inf"):
@@ -64,15 +66,17 @@ def load(
     dtype: str | None = None,
     threads: int | None = None,
     source: str | Path | None = None,
+    profile: str | Path | None = None,
 ) -> Any:
     """A transformers model whose experts are streamed from `pack` within a budget; `model.comoe` is its handle.
 
     `memory` bounds the whole process ("4GiB" or bytes), `expert_memory` the experts only (also "30%" of their bf16
     bytes); without either, four fifths of what is free. `max_loss` bounds the predicted relative increase of nats per
     token (0.02 or "2%"); 0 is exact. `source` is where the checkpoint went, if the pack refers to one that moved.
+    `profile` is the file of a profile: the plan is for text that uses experts like that.
 
     Raises DoesNotFit, before anything large is loaded, with the smallest budget that would do; PackError for a pack
-    that cannot be used; UsageError for a budget that cannot be read.
+    that cannot be used; UsageError for a budget or a profile that cannot be read.
     """
     if edges:
         raise RemoteUnavailable("this version of comoe reads packs from local disks only: leave `edges` empty.")
@@ -81,7 +85,8 @@ def load(
     moved_to = Path(source) if source else None
     opened = Pack(Path(pack), source=moved_to)
     refuse_idle_source(moved_to, opened.folder, opened.manifest)
-    loader = Loader(opened, Options(parse_share(max_loss), context, dtype, threads))
+    known = read_profile(Path(profile)) if profile else None
+    loader = Loader(opened, Options(parse_share(max_loss), context, dtype, threads, known))
     if expert_memory is not None:
         return loader.within_experts(parse_budget(expert_memory, loader.pack.manifest.expert_bytes_bf16))
     return loader.within_process(parse_size(memory) if memory is not None else default_memory())
@@ -92,7 +97,7 @@ class Loader:
 
     def __init__(self, pack: Pack, options: Options) -> None:
         self.pack, self.options = pack, options
-        self.ladder = ladder_of(pack.manifest)
+        self.ladder = ladder_of(pack.manifest, options.profile)
         forms = self.ladder.forms(options.max_loss)
         self._work = Workload(options.context, dtype_of(pack.manifest, options.dtype), forms)
         self._dtype = TORCH_DTYPES[self._work.dtype]
