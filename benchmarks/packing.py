@@ -26,11 +26,14 @@ from blake3 import blake3
 from comoe.bench.rows import Job, Row, RowFile, collect
 from comoe.device.machine import machine
 from comoe.testbed.cgroup import MemoryGroup, drop_caches
-from comoe.testbed.checkpoints import SwitchShape, write_checkpoint
+from comoe.testbed.checkpoints import SwitchShape, text, write_checkpoint
 
 SHAPE = SwitchShape(hidden=768, layers=12, experts=128, width=3072, heads=12)
 ONE_LAYER = replace(SHAPE, layers=2)
 """An encoder and a decoder of one sparse layer each."""
+
+TEXT_TOKENS = 20_000
+"""Of calibration text, at random: as many as a pack takes by default, and some."""
 
 LIMIT = 3 << 30
 TIMEOUT_S = 3 * 3600
@@ -39,7 +42,8 @@ KILLED_AT = 1 / 3
 
 
 def packing(checkpoint: Path, target: Path, forms: str | None) -> list[str]:
-    words = ["-m", "comoe", "pack", str(checkpoint), "-o", str(target), "--json"]
+    texts = str(checkpoint.with_suffix(".txt"))
+    words = ["-m", "comoe", "pack", str(checkpoint), "-o", str(target), "--calib", texts, "--json"]
     return [sys.executable, *words, *(["--forms", forms] if forms else [])]
 
 
@@ -88,8 +92,9 @@ def folder_hash(folder: Path) -> str:
 def measure(folder: Path, rows: Path | None) -> dict[str, Any]:
     """All rows, on checkpoints made in `folder`."""
     large, small = folder / "switch", folder / "layer"
-    write_checkpoint(small, ONE_LAYER)
-    write_checkpoint(large, SHAPE)
+    for path, shape in ((small, ONE_LAYER), (large, SHAPE)):
+        write_checkpoint(path, shape)
+        path.with_suffix(".txt").write_text(text(TEXT_TOKENS, shape.vocab), "utf-8")
     settings = {"shape": asdict(SHAPE), "limit": LIMIT}
     jobs = [
         Job({"pack": "one layer, full ladder"}, settings, partial(whole, small, folder / "full", None)),

@@ -9,6 +9,7 @@ from comoe.bench.ladder_figures import TARGETS
 from comoe.bench.losses import percent, percents
 
 Row = dict[str, Any]
+SAID = {"shuffled": "shuffled within layers", "layer mean": "replaced by their layer's mean"}
 RESULT = Path(__file__).parents[1] / "benchmarks" / "ladder.json"
 FAMILIES = {
     "fewer bits": ("round to nearest", "gptq"),
@@ -36,6 +37,7 @@ def _lines(document: dict[str, Any]) -> Iterator[str]:
         own = [row for row in rows if row["model"] == model]
         yield f"## {model}"
         yield ""
+        yield from _gates([gate for gate in document["gates"] if gate["model"] == model])
         yield from _against(own)
         yield from _made_of(own)
         yield from _ablations(own)
@@ -61,6 +63,14 @@ def _short(document: dict[str, Any]) -> Iterator[str]:
     uneven = document["worst_domain_over_twice_mean"]
     yield f"- A worst domain loses more than twice the mean, beyond its interval, in {len(uneven)} cells."
     yield ""
+
+
+def _gates(gates: Sequence[Row]) -> Iterator[str]:
+    """What a model's experts have in common: little, where their mean costs much."""
+    if gates:
+        told = ", ".join(f"{gate['cost']:.2f} where they are {SAID[gate['change']]}" for gate in gates)
+        yield f"Nats per token that all experts together are worth: {told}."
+        yield ""
 
 
 def _against(rows: Sequence[Row]) -> Iterator[str]:
@@ -98,9 +108,11 @@ def _ablations(rows: Sequence[Row]) -> Iterator[str]:
     if not found:
         return
     shares = sorted({row["share"] for row in found}, reverse=True)
-    yield "| without | " + " | ".join(f"{share:.0%}" for share in shares) + " |"
+    yield "Chains of fewer ingredients, not certified: shared forms are taken wherever local errors speak for them."
+    yield ""
+    yield "| chain of | " + " | ".join(f"{share:.0%}" for share in shares) + " |"
     yield "|---" * (len(shares) + 1) + "|"
-    yield "| (nothing: the chain) | " + " | ".join(_cell(rows, "comoe", share) for share in shares) + " |"
+    yield "| (comoe's, certified) | " + " | ".join(_cell(rows, "comoe", share) for share in shares) + " |"
     for method in dict.fromkeys(row["method"] for row in found):
         yield f"| {method} | " + " | ".join(_cell(found, method, share) for share in shares) + " |"
     yield ""

@@ -149,18 +149,38 @@ def test_the_estimate_comes_first(tiny_checkpoint: Path, text: Path, tmp_path: P
     assert report.estimated_seconds > 0
 
 
-def test_what_is_done_already_takes_no_time(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("comoe.make.estimate._timed", lambda call: 1.0)
+def test_what_is_done_already_takes_no_time(
+    tiny_checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("comoe.make.estimate._timed", lambda call, warm=True: 1.0)
     checkpoint = Checkpoint.open(tiny_checkpoint)
-    whole = Left(num_experts=16, dense_bytes=10**6, num_batches=3)
+    windows = {"a": [[0] * 256] * 16, "b": [[0] * 256] * 16}
+    recipe, plain = Recipe(texts=texts_of([text])), Recipe()
+    whole = Left(num_experts=16, dense_bytes=10**6, text=windows)
     recorded = replace(whole, dense_bytes=0, recorded=True)
     built = replace(recorded, num_experts=0)
-    plain = replace(built, num_batches=0)
-    left = (whole, recorded, replace(recorded, num_experts=8), built, plain)
-    seconds = [seconds_to_pack(checkpoint, blank(checkpoint), Recipe(), FORMS, each) for each in left]
+    jobs = [(recipe, left) for left in (whole, recorded, replace(recorded, num_experts=8), built)]
+    jobs += [(replace(recipe, certified=False), built), (plain, replace(built, text={}))]
+    seconds = [
+        seconds_to_pack(checkpoint, blank(checkpoint), how, FORMS, left, tmp_path / "sample") for how, left in jobs
+    ]
     assert seconds == sorted(seconds, reverse=True)
     assert seconds[1] - seconds[2] == pytest.approx(seconds[2] - seconds[3])  # half of the experts
-    assert seconds[-1] == 0
+    assert seconds[3] > seconds[4] == seconds[5] == 0
+    assert not (tmp_path / "sample").exists()
+
+
+def test_an_expert_is_timed_by_building_it_in_a_folder_that_is_gone_afterwards(
+    tiny_checkpoint: Path, text: Path, tmp_path: Path
+) -> None:
+    checkpoint, recipe = Checkpoint.open(tiny_checkpoint), Recipe(texts=texts_of([text]))
+    left = Left(num_experts=1, dense_bytes=0, text={})
+    one, many = (
+        seconds_to_pack(checkpoint, blank(checkpoint), recipe, FORMS, replace(left, num_experts=n), tmp_path / "sample")
+        for n in (1, 1000)
+    )
+    assert 0 < one < many
+    assert not (tmp_path / "sample").exists()
 
 
 KILLED = {

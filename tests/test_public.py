@@ -19,7 +19,7 @@ SRC = ROOT / "src"
 TYPES = ast.parse((SRC / "comoe" / "types.py").read_text(encoding="utf-8"))
 
 PUBLIC_NAMES = ("ComoeError", "DoesNotFit", "__version__", "load")
-HEAVY = {"torch", "transformers", "scipy"}
+HEAVY = {"torch", "transformers", "scipy", "matplotlib"}
 
 
 def drawn_errors() -> dict[str, tuple[str, int]]:
@@ -84,7 +84,10 @@ def commands() -> list[str]:
     return list(answer(code, "[name for name, command in found if not command.hidden]"))
 
 
-ONCE = {"prompt", "prompt_file", "stop", "output", "step", "calib", "folder", "text", "keep", "out", "version", "help"}
+ONCE = {
+    *("prompt", "prompt_file", "stop", "output", "step", "calib", "folder", "text", "keep", "out", "plot"),
+    *("version", "help"),
+}
 """Options of one call: nobody wants them for every call."""
 
 

@@ -168,9 +168,13 @@ def test_without_teaching_a_merged_expert_is_the_plain_average(layers: list[Laye
     assert steps_off(layers[1], average, Shared(layers[1], TAUGHT)) > 3
 
 
+def merged(shared: Shared, cluster: int) -> bytes:
+    return shared.cluster_blobs(shared._members(cluster), ["merged"])["merged"]
+
+
 def steps_off(layer: Layer, average: dict[str, Tensor], shared: Shared) -> float:
     """How many steps of four bits a merged expert's weights are at most away from `average`."""
-    found = tensors(layer, "merged", [shared._merged(shared._members(0))])
+    found = tensors(layer, "merged", [merged(shared, 0)])
     worst = 0.0
     for name, tensor in average.items():
         groups = tensor.unflatten(1, (-1, 32))
@@ -188,7 +192,7 @@ def test_teaching_loses_less_than_the_plain_average(
 
 def test_the_same_layer_is_made_of_the_same_bytes(layers: list[Layer]) -> None:
     first, second = (Shared(layers[1], TAUGHT) for _ in range(2))
-    assert first._merged(first._members(0)) == second._merged(second._members(0))
+    assert merged(first, 0) == merged(second, 0)
 
 
 def test_a_layer_that_no_text_reached_is_merged_and_measures_nothing(layers: list[Layer], tmp_path: Path) -> None:
@@ -256,7 +260,7 @@ def test_members_share_their_own_clusters_expert(layers: list[Layer], tmp_path: 
         average = merge(
             [layers[1].study(index).tensors for index in members], [masses[index] for index in members], layers[1].units
         )
-        found = tensors(layers[1], "merged", [shared._merged(shared._members(cluster))])
+        found = tensors(layers[1], "merged", [merged(shared, cluster)])
         for name, tensor in average.items():
             assert float((found[name] - tensor).norm()) < 0.2 * float(tensor.norm())
 

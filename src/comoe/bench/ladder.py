@@ -4,12 +4,13 @@ All experts are resident, nothing is streamed; every row is scored by the evalua
 arithmetic. Ablations leave out one ingredient of the chain at a time.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from time import perf_counter
 
+import msgspec
 import torch
 
 from comoe.bench.bank import Approximation, Bank, Windows
@@ -25,16 +26,17 @@ from comoe.bench.upcycled import NAME as UPCYCLED
 from comoe.bench.upcycled import make_upcycled
 from comoe.defaults import FORMS
 from comoe.make.calibrate import cut, fitted
+from comoe.make.chain import restricted, with_chain
 from comoe.make.export import expert_weights
 from comoe.make.pack import BATCH_WINDOWS
 from comoe.make.protocol import DecoderEvaluation, EncoderDecoderEvaluation
 from comoe.make.recipe import Recipe
 from comoe.make.score import Score
-from comoe.make.shared import SHARING, Sharing
+from comoe.make.shared import AS_MEASURED, SHARING, Sharing
 from comoe.make.text import windows
 from comoe.runtime.experts import SiteMath
 from comoe.store.checkpoint import read_config
-from comoe.store.manifest import Manifest
+from comoe.store.manifest import ChainStep, Manifest
 from comoe.store.pack import Pack
 from comoe.types import ExpertId, Progress
 
@@ -58,22 +60,44 @@ class Scope:
 FULL = Scope(None, 48, 49152, (0.55, 0.3, 0.16, 0.08), (0.16, 0.08), gate=True, upcycled=True)
 QUICK = Scope(2, 4, 5120, (0.16,), (), gate=False, upcycled=False)
 
-OWN = tuple(form for form in FORMS if form not in SHARING)
-ABLATIONS: dict[str, Callable[[Recipe], Recipe]] = {
-    "own forms only": lambda recipe: replace(recipe, forms=OWN),
-    "own forms only, no dropping": lambda recipe: replace(recipe, forms=OWN[1:]),
-    "no error compensation": lambda recipe: replace(recipe, compensated=False),
-    "shared forms too": lambda recipe: replace(recipe, shared=True),
-    "shared, no distillation": lambda recipe: replace(recipe, shared=True, sharing=Sharing(distil_steps=0)),
-    "shared, no alignment": lambda recipe: replace(recipe, shared=True, sharing=Sharing(aligned=False)),
-    "shared, no merged form": lambda recipe: replace(recipe, shared=True, forms=_without("merged")),
-    "shared, no residual": lambda recipe: replace(recipe, shared=True, forms=_without("lowrank", "residual")),
-}
-"""Variants of the recipe. Forms that use a merged expert need it made, so `merged` is left out of the chain alone."""
-
 
 def _without(*forms: str) -> tuple[str, ...]:
     return tuple(form for form in FORMS if form not in forms)
+
+
+OWN = _without(*SHARING)
+
+
+@dataclass(frozen=True, slots=True)
+class Ablation:
+    """A chain of `forms` alone, of a pack whose recipe was changed. Nothing is certified: shared forms are taken
+    wherever local errors speak for them."""
+
+    forms: tuple[str, ...] = FORMS
+    sharing: Sharing = AS_MEASURED
+    compensated: bool = True
+
+    def recipe(self, whole: Recipe) -> Recipe:
+        """The recipe of the pack that the chain is made from."""
+        return replace(whole, pruned=False, certified=False, sharing=self.sharing, compensated=self.compensated)
+
+    def chained(self, manifest: Manifest) -> Manifest:
+        """A pack's manifest with this chain alone."""
+        bare = msgspec.structs.replace(manifest, chain=())
+        forms = [form for form in manifest.forms if form in (*self.forms, "exact")]
+        return with_chain(restricted(bare, forms), None, shared=bool({*SHARING} & {*self.forms}), pruned=False)
+
+
+ABLATIONS = {
+    "all forms": Ablation(),
+    "all but merged": Ablation(_without("merged")),
+    "all but lowrank and residual": Ablation(_without("lowrank", "residual")),
+    "all, no distillation": Ablation(sharing=Sharing(distil_steps=0)),
+    "all, no alignment": Ablation(sharing=Sharing(aligned=False)),
+    "own forms": Ablation(OWN),
+    "own forms, no dropping": Ablation(OWN[1:]),
+    "own forms, no error compensation": Ablation(OWN, compensated=False),
+}
 
 
 class Contest(Subject):
@@ -144,7 +168,7 @@ def _jobs(contest: Contest, scope: Scope, conditions: Document) -> Iterator[Job]
     for change in CHANGES if scope.gate else ():
         yield Job({"kind": "gate", **named, "change": change}, depends, partial(_gate_row, contest, change))
     for share in scope.shares:
-        measure = partial(_our_row, contest, contest.recipe, share)
+        measure = partial(_our_row, contest, share)
         yield Job({"kind": OURS, **named, "method": OURS, "share": share}, depends, measure)
         for method in METHODS:
             measure = partial(_published_row, contest, method, share)
@@ -153,10 +177,9 @@ def _jobs(contest: Contest, scope: Scope, conditions: Document) -> Iterator[Job]
 
 def _ablations(contest: Contest, scope: Scope, conditions: Document) -> Iterator[Job]:
     depends, named = {"model": contest.hash, **conditions}, {"model": contest.name}
-    for name, change in ABLATIONS.items():
+    for name, ablation in ABLATIONS.items():
         for share in scope.ablated_shares:
-            recipe = replace(change(contest.recipe), certified=False)
-            measure = partial(_our_row, contest, recipe, share)
+            measure = partial(_ablated_row, contest, ablation, share)
             yield Job({"kind": "ablation", **named, "method": name, "share": share}, depends, measure)
 
 
@@ -178,26 +201,43 @@ def _published_row(contest: Contest, method: str, share: float) -> Row:
     return {"reaches": True, "bytes": made.nbytes, "seconds": seconds, **_scored(score)}
 
 
-def _our_row(contest: Contest, recipe: Recipe, share: float) -> Row:
-    opened = Pack(contest.pack(recipe))
-    made, name = step_within(opened, contest.bank, share)
+def _our_row(contest: Contest, share: float) -> Row:
+    opened = Pack(contest.pack(contest.recipe))
+    step, row = _step_row(contest, opened, opened.manifest, share)
+    return {**row, "certified_loss": step.certificate.loss if step.certificate else None}
+
+
+def _ablated_row(contest: Contest, ablation: Ablation, share: float) -> Row:
+    opened = Pack(contest.pack(ablation.recipe(contest.recipe)))
+    return _step_row(contest, opened, ablation.chained(opened.manifest), share)[1]
+
+
+def _step_row(contest: Contest, opened: Pack, manifest: Manifest, share: float) -> tuple[ChainStep, Row]:
+    """The finest step of a chain within `share` of the experts' bytes, and its row. Closes the pack."""
+    step, made = step_within(opened, manifest, contest.bank, share)
     score = contest.bank.nats(made, contest.windows)
-    step = next(found for found in opened.manifest.chain if found.name == name)
-    predicted = step.certificate.loss if step.certificate else None
-    forms = _form_shares(opened.manifest, name)
     opened.close()
-    return {"reaches": True, "bytes": made.nbytes, "step": name, "resident_bytes": step.resident_bytes, "forms": forms,
-            "certified_loss": predicted, **_scored(score)}  # fmt: skip
+    return step, {
+        "reaches": True,
+        "bytes": made.nbytes,
+        "step": step.name,
+        "resident_bytes": step.resident_bytes,
+        "forms": _form_shares(manifest, step.name),
+        **_scored(score),
+    }
 
 
-def step_within(opened: Pack, bank: Bank, share: float) -> tuple[Approximation, str]:
-    """The finest step of a pack's chain within `share` of the experts' bytes, as weights; and its name."""
-    manifest = opened.manifest
-    sizes = {step.name: manifest.form_bytes(step.name) for step in manifest.chain}
-    name = max((name for name, nbytes in sizes.items() if nbytes <= share * bank.nbytes), key=sizes.__getitem__)
-    assignment = manifest.assignment(name)
-    weights = [_layer_weights(opened, bank, at, forms) for at, forms in enumerate(assignment)]
-    return Approximation(weights, sizes[name]), name
+def step_within(opened: Pack, manifest: Manifest, bank: Bank, share: float) -> tuple[ChainStep, Approximation]:
+    """The finest step of a chain within `share` of the experts' bytes, and its weights.
+
+    `manifest` is the pack's, or has another chain of its forms.
+    """
+    sizes = [manifest.form_bytes(step.name) for step in manifest.chain]
+    nbytes, at = max((nbytes, at) for at, nbytes in enumerate(sizes) if nbytes <= share * bank.nbytes)
+    step = manifest.chain[at]
+    assignment = enumerate(manifest.assignment(step.name))
+    weights = [_layer_weights(opened, bank, layer, forms) for layer, forms in assignment]
+    return step, Approximation(weights, nbytes)
 
 
 def _layer_weights(opened: Pack, bank: Bank, layer: int, forms: tuple[str, ...]) -> list[dict[str, torch.Tensor]]:

@@ -128,5 +128,5 @@ def _train(model: Any, batches: Tensor, num_steps: int, expert_rate: float, seed
 
 
 def _rate(step: int, num_steps: int) -> float:
-    cosine = 0.1 + 0.45 * (1 + math.cos(math.pi * step / num_steps))
-    return min(1.0, (step + 1) / WARM_UP_STEPS) * cosine
+    """Of the highest rate. It falls to nothing: else the noise of the last steps stays, and averaging experts gains."""
+    return min(1.0, (step + 1) / WARM_UP_STEPS) * 0.5 * (1 + math.cos(math.pi * step / num_steps))

@@ -1,27 +1,49 @@
 """`comoe inspect`: what a pack says of itself."""
 
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
+
+from typer import Option
 
 from comoe.cli.options import Json, PackPath, Source
+from comoe.cli.picture import picture_of
 from comoe.cli.terminal import print_json, print_table, say
 from comoe.plan.ladder import ladder_of
 from comoe.store.manifest import Certificate, Manifest, read_manifest
 from comoe.store.pack import folder_bytes, refuse_idle_source, source_problem
+from comoe.types import UsageError
 from comoe.units import format_loss, format_size
 
 
-def command(pack: PackPath, source: Source = None, json: Json = False) -> None:
+def command(
+    pack: PackPath,
+    plot: Annotated[
+        Path | None,
+        Option(
+            metavar="FILE", help="Draw losses, errors and clusters into this .svg, .png or .pdf, which is replaced."
+        ),
+    ] = None,
+    source: Source = None,
+    json: Json = False,
+) -> None:
     """Show what is in a pack.
 
     \b
-    comoe inspect qwen.comoe
+    comoe inspect qwen.comoe --plot qwen.svg
 
     Reads the manifest alone. A checkpoint that moved is remarked on; verify looks at every byte.
     """
     manifest = read_manifest(pack)
     refuse_idle_source(source, pack, manifest)
     problem = source_problem(pack, manifest, source)
-    own = {"pack": str(pack), "pack_bytes": folder_bytes(pack), "source_problem": problem}
+    if plot is not None:
+        _draw(manifest, plot)
+    own = {
+        "pack": str(pack),
+        "pack_bytes": folder_bytes(pack),
+        "source_problem": problem,
+        "plot": None if plot is None else str(plot),
+    }
     summary = {**own, **describe(manifest)}
     if problem:
         say(f"It could not run now: {problem}")
@@ -29,6 +51,17 @@ def command(pack: PackPath, source: Source = None, json: Json = False) -> None:
         print_json(summary)
     else:
         _show(summary)
+
+
+def _draw(manifest: Manifest, file: Path) -> None:
+    try:
+        from comoe.cli.plot import save
+    except ModuleNotFoundError as error:
+        raise UsageError(f"--plot needs {error.name}: pip install 'comoe[plot]'.") from error
+    picture = picture_of(manifest)
+    save(picture, file)
+    parts = {"losses": picture.frontier, "errors by layer": picture.curves, "cluster trees": picture.trees}
+    say(f"{file} shows {', '.join(name for name, part in parts.items() if part)}.")
 
 
 def _show(summary: dict[str, Any]) -> None:

@@ -16,6 +16,9 @@ from comoe.store.pack import Pack
 
 Windows = Mapping[str, list[list[int]]]
 
+MIN_HELD_OUT = 4
+"""With fewer windows an interval says nothing, and there is no certificate: no plan will use a form without one."""
+
 SAMPLED = 16
 """Positions of a batch whose whole distribution is kept: a large vocabulary takes half a megabyte for each."""
 

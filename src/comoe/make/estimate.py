@@ -1,42 +1,53 @@
-"""What packing takes: bytes by the parts' layout; seconds by one expert's steps, timed here, times their number."""
+"""What packing takes: bytes by the parts' layout; seconds by building an expert here, times the number of all."""
 
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from math import exp
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from comoe.forms.compensate import Gram
-from comoe.forms.distil import BATCH_TOKENS
-from comoe.forms.lowbit import quantise_low
-from comoe.forms.lowrank import factorise
-from comoe.make.calibrate import HELD_OUT
+from comoe.forms.distil import BATCH_TOKENS, Lessons, train
+from comoe.forms.quantise import quantise
+from comoe.make.calibrate import LayerInputs, fitted, held_out
+from comoe.make.certify import MIN_CACHE_BYTES, MIN_HELD_OUT, Windows
 from comoe.make.chain import PROBED, SHARES
-from comoe.make.layers import own_blobs
+from comoe.make.layers import build
+from comoe.make.protocol import BATCH, DecoderEvaluation, EncoderDecoderEvaluation
 from comoe.make.recipe import Recipe
-from comoe.make.shared import EXPERTS_PER_CLUSTER, SHARING
-from comoe.make.study import Errors, Layer, Study, blob_bytes, oriented
+from comoe.make.shared import EXPERTS_PER_CLUSTER, SHARING, Sharing
+from comoe.make.study import Layer, arrays
+from comoe.runtime.experts import SiteMath
+from comoe.runtime.hook import expert_forward
 from comoe.runtime.skeleton import strip
 from comoe.store.checkpoint import Checkpoint, skeleton_of
 from comoe.store.families import experts_modules
-from comoe.store.layout import group_size, layout, quantised, rank
+from comoe.store.layout import layout
 from comoe.store.manifest import FORM_PARTS, SHARED_PARTS
 from comoe.types import Site
+
+LONG_S = 0.5
+"""What took so long once is not timed again, warm."""
+
+TRAINED = 2
+"""Steps of distillation that are timed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Left:
     """What a run has still to do: a killed one's steps are not done again.
 
-    `num_experts` are to be built, `dense_bytes` to be copied, of the calibration text `num_batches` batches to be run
-    through the checkpoint; they are certified on as many in any case. 0 batches stand for no calibration.
+    `num_experts` are to be built, `dense_bytes` to be copied. `text` are windows of calibration text by domain; what
+    layers see of it may be `recorded` already.
     """
 
     num_experts: int
     dense_bytes: int
-    num_batches: int
+    text: Windows
     recorded: bool = False
 
 
@@ -50,47 +61,118 @@ def blank(checkpoint: Checkpoint) -> Any:
 
 
 @torch.no_grad()
-def seconds_to_pack(checkpoint: Checkpoint, model: Any, recipe: Recipe, forms: Sequence[str], left: Left) -> float:
+def seconds_to_pack(
+    checkpoint: Checkpoint, model: Any, recipe: Recipe, forms: Sequence[str], left: Left, folder: Path
+) -> float:
     """Seconds for what is `left` of packing `checkpoint` in `forms` by `recipe`; `model` is its `blank`.
 
-    The steps of one of the largest experts are timed.
+    The largest expert stands for all, and text is taken to be spread evenly over them. `folder` is made and removed.
     """
-    index = max(range(len(checkpoint.sites)), key=lambda at: checkpoint.sites[at].expert_bytes_bf16)
-    layer = Layer(checkpoint, index, list(experts_modules(model))[index][1], None, checkpoint.folder)
-    site = layer.site
-    tensors = checkpoint.expert(index, 0)
-    calibrated = left.num_batches > 0
-    study = Study(layer, 0, tensors, _grams(site) if calibrated else {})
-    read_s = _timed(lambda: checkpoint.expert(index, 1 % site.num_experts))
-    hash_s = _timed(lambda: blob_bytes(site, "exact", {(k, "exact"): v for k, v in tensors.items()}))
-    quantise_s = _timed(lambda: own_blobs(replace(study), forms, Errors(site.num_experts)))
-    x = torch.randn(BATCH_TOKENS, next(leaf.cols for leaf in site.leaves if leaf.is_matrix))
-    floats = {name: tensor.float() for name, tensor in tensors.items()}
-    run_s = _timed(lambda: layer.run(x, floats))
-    num_experts = sum(found.num_experts for found in checkpoint.sites)
-    copied_s = 2 * read_s * left.dense_bytes / sum(tensor.nbytes for tensor in tensors.values())
-    each = 2 * read_s + 2 * hash_s + quantise_s
-    everywhere = 0.0
-    if calibrated:
-        sharing = bool({*SHARING} & {*forms})
-        each += (len(forms) + 2) * run_s + sharing * _sharing_s(layer, floats, recipe, run_s)
-        steps = len(SHARES) + 2 * len(PROBED) * sharing if recipe.certified else 0
-        everywhere = left.num_batches * (read_s + run_s) * (steps / HELD_OUT + (not left.recorded))
-    return copied_s + each * left.num_experts + everywhere * num_experts
+    sites = checkpoint.sites
+    at = max(range(len(sites)), key=lambda at: sites[at].expert_bytes_bf16)
+    layer = Layer(checkpoint, at, list(experts_modules(model))[at][1], None, folder, compensated=recipe.compensated)
+    read_s = _timed(lambda: checkpoint.expert(at, layer.site.num_experts - 1), warm=False)
+    seconds = 2 * left.dense_bytes * read_s / layer.site.expert_bytes_bf16
+    length = _site_tokens(checkpoint)
+    if left.num_experts:
+        seen = len(fitted(left.text)) * length * _uses_of_one(layer)
+        seconds += left.num_experts * _built_s(layer, recipe, forms, max(1, round(seen)))
+    if left.text:
+        recorded_s, judged_s = _pass_s(layer, length * BATCH, read_s)
+        judged = held_out(left.text).values()
+        if not left.recorded:
+            together = [len(fitted({domain: windows})) for domain, windows in left.text.items()]
+            together.append(sum(map(len, judged)))
+            seconds += sum(-(-number // BATCH) for number in together) * recorded_s
+        if recipe.certified and sum(map(len, judged)) >= MIN_HELD_OUT:
+            steps = len(SHARES) + 2 * (len(PROBED) + 1) * _sharing(forms)
+            seconds += steps * sum(-(-len(windows) // BATCH) for windows in judged) * judged_s
+    return seconds
 
 
-def _sharing_s(layer: Layer, floats: dict[str, Tensor], recipe: Recipe, run_s: float) -> float:
-    """Seconds for an expert's part in clusters: its deltas, and its share of teaching the cluster's expert."""
-    leaf = max((leaf for leaf in layer.site.leaves if quantised(leaf)), key=lambda leaf: leaf.size)
-    weight, gram = oriented(leaf, floats[leaf.name]), Gram(torch.eye(leaf.cols))
-    factors_s = _timed(lambda: factorise(weight, rank(leaf), gram))
-    low_s = _timed(lambda: quantise_low(weight, group_size(leaf.cols) or leaf.cols, 2, gram))
-    taught_s = 4 * run_s * recipe.sharing.distil_steps  # backwards takes twice as long as forwards, then Adam
-    return 2 * (factors_s + low_s) + taught_s / EXPERTS_PER_CLUSTER
+def _built_s(layer: Layer, recipe: Recipe, forms: Sequence[str], seen: int) -> float:
+    """Seconds for an expert's blobs and errors, and for its part in its cluster's; it has `seen` so many tokens.
+
+    What twice as many experts take beyond a few is their own; the rest of what the few take is their cluster's.
+    """
+    experts, how = layer.site.num_experts, recipe.sharing
+    members = min(EXPERTS_PER_CLUSTER, experts)
+    short = replace(how, distil_steps=min(how.distil_steps, TRAINED))
+
+    def build_s(number: int) -> float:
+        some = replace(layer, only=number, inputs=_noise(layer, number, seen) if recipe.texts else None)
+        return _timed(partial(_build, some, forms, short, recipe.self_contained))
+
+    few, few_s = 1, build_s(1)
+    if experts == 1:
+        return few_s
+    if few_s < LONG_S:  # a small expert takes hardly more than its files
+        few = members // 2
+        few_s = build_s(few)
+    own_s = max((build_s(2 * few) - few_s) / few, few_s / few / 3)
+    together_s = max(0.0, few_s - few * own_s)
+    if recipe.texts and _sharing(forms):
+        together_s += (how.distil_steps - short.distil_steps) * _step_s(layer, seen * members)
+    return own_s + together_s / members
 
 
-def _grams(site: Site) -> dict[str, Gram]:
-    return {leaf.name: Gram(torch.eye(leaf.cols)) for leaf in site.leaves if quantised(leaf)}
+def _build(layer: Layer, forms: Sequence[str], how: Sharing, self_contained: bool) -> None:
+    layer.folder.mkdir()
+    build(layer, forms, how, self_contained=self_contained)
+    shutil.rmtree(layer.folder)
+
+
+def _step_s(layer: Layer, num_tokens: int) -> float:
+    """Seconds of a step of distillation, whose lessons have so many tokens at most."""
+    floats = {name: tensor.float() for name, tensor in layer.checkpoint.expert(layer.index, 0).items()}
+    x = torch.randn(min(BATCH_TOKENS, num_tokens), _width(layer.site))
+    lessons = Lessons(x, layer.run(x, floats), torch.ones(len(x)))
+    return _timed(lambda: train(floats, partial(expert_forward, layer.module), lessons, TRAINED)) / TRAINED
+
+
+def _pass_s(layer: Layer, num_tokens: int, read_s: float) -> tuple[float, float]:
+    """Seconds of a pass of `num_tokens` through the checkpoint, and through a step of its chain."""
+    checkpoint, site, expert = layer.checkpoint, layer.site, layer.site.expert_bytes_bf16
+    tensors = checkpoint.expert(layer.index, 0)
+    many = torch.randn(BATCH_TOKENS, _width(site))
+    dense_s = (
+        _timed(lambda: layer.run(many, tensors)) * num_tokens / len(many) * bytes_outside_experts(checkpoint) / expert
+    )
+    uses = num_tokens * _uses_of_one(layer)
+    used = (1 - exp(-uses)) * sum(found.num_experts for found in checkpoint.sites)
+    x = torch.randn(max(1, round(uses)), _width(site))
+    run_s = _timed(lambda: layer.run(x, tensors))
+    blobs = arrays([layer.study(0).blob("high", quantise)])
+    coarse_s = _timed(lambda: SiteMath(layer.module, site, torch.float32).run("q4", blobs, x))
+    whole = sum(found.num_experts * found.expert_bytes_bf16 for found in checkpoint.sites)
+    streamed = sum(share * whole for share in SHARES if share * whole > MIN_CACHE_BYTES) / len(SHARES)
+    return dense_s + used * (read_s + run_s), dense_s + used * coarse_s + streamed * read_s / expert
+
+
+def _noise(layer: Layer, num_experts: int, num_tokens: int) -> LayerInputs:
+    """Inputs of which each of the first `num_experts` experts saw `num_tokens`."""
+    x = torch.randn(num_experts * num_tokens, _width(layer.site), generator=torch.Generator().manual_seed(0))
+    return LayerInputs(x, torch.arange(len(x))[:, None] % num_experts, torch.ones(len(x), 1))
+
+
+def _sharing(forms: Sequence[str]) -> bool:
+    return bool({*SHARING} & {*forms})
+
+
+def _width(site: Site) -> int:
+    """Of an expert's inputs."""
+    return next(leaf.cols for leaf in site.leaves if leaf.is_matrix)
+
+
+def _uses_of_one(layer: Layer) -> float:
+    """Share of tokens that use an expert of the layer."""
+    return layer.checkpoint.experts_per_token / layer.site.num_experts
+
+
+def _site_tokens(checkpoint: Checkpoint) -> int:
+    """Tokens of a window that come by a layer: an encoder and a decoder have about half of it each."""
+    encodes = checkpoint.config.is_encoder_decoder
+    return EncoderDecoderEvaluation.window_length // 2 if encodes else DecoderEvaluation.window_length
 
 
 def bytes_to_pack(checkpoint: Checkpoint, forms: Sequence[str], *, self_contained: bool) -> int:
@@ -114,9 +196,9 @@ def recording_bytes(checkpoint: Checkpoint, num_tokens: int) -> int:
     return num_tokens * sum(4 * width + 12 * checkpoint.experts_per_token for width in widths)
 
 
-def _timed(call: Callable[[], object]) -> float:
-    """Seconds of the second of two calls: the first one warms up."""
-    call()
+def _timed(call: Callable[[], object], *, warm: bool = True) -> float:
+    """Seconds of a call; of a second one, where the first took so little that warming up counts."""
     start_s = perf_counter()
     call()
-    return perf_counter() - start_s
+    took_s = perf_counter() - start_s
+    return _timed(call, warm=False) if warm and took_s < LONG_S else took_s

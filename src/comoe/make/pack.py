@@ -23,7 +23,7 @@ from blake3 import blake3
 
 from comoe.device import process
 from comoe.make.calibrate import LayerInputs, check_calibratable, cut, fitted, held_out, record, recorded
-from comoe.make.certify import Windows, certify
+from comoe.make.certify import MIN_HELD_OUT, Windows, certify
 from comoe.make.chain import with_chain
 from comoe.make.dense import dense_entry
 from comoe.make.estimate import (
@@ -65,9 +65,6 @@ from comoe.units import format_seconds, format_size
 
 INPUTS, JUDGED = "inputs", "judged"
 """Folders of what layers see: of the text that forms are fitted to, and of that which is held out."""
-
-MIN_HELD_OUT = 4
-"""With fewer windows an interval says nothing, and there is no certificate: no plan will use a form without one."""
 
 BATCH_WINDOWS = 16
 STORED = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.int64: "I64", torch.int32: "I32"}
@@ -171,15 +168,16 @@ class Packer:
     def _estimate(self, say: Callable[[str], None]) -> None:
         """Say how long the rest will take, from the time that one expert's steps take here."""
         copied = (self._work / "dense").exists()
+        sites = enumerate(self._checkpoint.sites)
         left = Left(
-            num_experts=sum(
-                site.num_experts for at, site in enumerate(self._checkpoint.sites) if not self._entry(at).exists()
-            ),
+            num_experts=sum(site.num_experts for at, site in sites if not self._entry(at).exists()),
             dense_bytes=0 if copied else bytes_outside_experts(self._checkpoint),
-            num_batches=-(-sum(map(len, self._windows.values())) // BATCH_WINDOWS) if self._recipe.texts else 0,
             recorded=(self._work / "calibrated").exists(),
+            text=self._windows if self._recipe.texts else {},
         )
-        self.estimated_s = seconds_to_pack(self._checkpoint, self._blank, self._recipe, self._forms, left)
+        self.estimated_s = seconds_to_pack(
+            self._checkpoint, self._blank, self._recipe, self._forms, left, self._work / "sample"
+        )
         seconds, nbytes = format_seconds(self.estimated_s), format_size(self._pack_bytes)
         takes = f"goes on: about {seconds} more, {nbytes}" if copied else f"takes about {seconds} and {nbytes}"
         say(f"Packing {self._checkpoint.folder} {takes} of disk.")

@@ -28,6 +28,9 @@ SPAN_TOKEN = "<extra_id_0>"
 PREFIX_TOKENS = 160
 NO_TARGET = -100
 
+BATCH = 8
+"""Windows that are scored at once."""
+
 
 class ChunkItem(NamedTuple):
     """A multiple-choice question: which of `choices` continues `prefix`; `answer` is an index into them."""
@@ -56,12 +59,12 @@ class Evaluation(ABC):
 
     model: "Model"
     tokenizer: "Tokenizer"
-    batch: int = 8
+    batch: int = BATCH
     window_length: ClassVar[int]
     tokens_argument: ClassVar[str]
 
     @staticmethod
-    def for_model(model: "Model", tokenizer: "Tokenizer", *, batch: int = 8) -> "Evaluation":
+    def for_model(model: "Model", tokenizer: "Tokenizer", *, batch: int = BATCH) -> "Evaluation":
         """The model's protocol. ValueError for a model in training mode: dropout and jitter would count."""
         if model.training:
             raise ValueError("The model is in training mode; call model.eval() first.")

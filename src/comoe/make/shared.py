@@ -4,7 +4,7 @@ A merged expert is quantised as q4; a residual form adds what its member lacks, 
 member sees.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 
@@ -49,39 +49,49 @@ class Shared:
     def __init__(self, layer: Layer, how: Sharing) -> None:
         self._layer, self._how = layer, how
         self._units = layer.units if how.aligned else None
-        self._blobs: dict[str, list[bytes]] = {}
         self.tree = dendrogram(output_distances(self._outputs()))
         self.clusters = clusters(self.tree, max(1, layer.site.num_experts // EXPERTS_PER_CLUSTER))
 
     def parts(self, forms: Sequence[str], errors: Errors) -> dict[str, PartEntry]:
         """Write what the clusters of `forms` need, and deltas; measure all of them."""
         wanted = [form for form in DELTAS if form in forms]
-        parts = self._write_clusters("merged", self._merged) if "merged" in forms else {}
-        parts |= self._write_clusters("base", self._average) if wanted else {}
+        names = ["merged"] * ("merged" in forms) + ["base"] * bool(wanted)
+        blobs = [self.cluster_blobs(self._members(cluster), names) for cluster in range(max(self.clusters) + 1)]
+        parts = {name: self._written(name, [found[name] for found in blobs]) for name in names}
         writers = {form: self._layer.writer(FORM_PARTS[form][-1], self._layer.site.num_experts) for form in wanted}
         for index, cluster in enumerate(self.clusters):
             study = self._layer.study(index)
             if "merged" in forms:
-                errors.add(study, "merged", [self._blobs["merged"][cluster]])
-            base = self._blobs["base"][cluster] if wanted else b""
-            lacking = self._lacking(study, base) if wanted else study
-            for form, writer in writers.items():
-                delta = DELTAS[form](lacking)
-                writer.add(delta)
-                errors.add(study, form, [base, delta])
+                errors.add(study, "merged", [blobs[cluster]["merged"]])
+            for form, delta in self.deltas(study, blobs[cluster]["base"], wanted) if wanted else ():
+                writers[form].add(delta)
+                errors.add(study, form, [blobs[cluster]["base"], delta])
         for form, writer in writers.items():
             part = FORM_PARTS[form][-1]
             parts[part] = self._layer.entry(part, writer.commit())
         return parts
 
-    def _write_clusters(self, part: str, make: Callable[[Sequence[Study]], bytes]) -> dict[str, PartEntry]:
-        """Write what `make` makes of every cluster's members."""
-        rows = max(self.clusters) + 1
-        writer = self._layer.writer(part, rows)
-        self._blobs[part] = [make(self._members(cluster)) for cluster in range(rows)]
-        for blob in self._blobs[part]:
+    def cluster_blobs(self, members: Sequence[Study], names: Sequence[str]) -> dict[str, bytes]:
+        """What the `members` of a cluster share, by part: their average taught to put out what they do is `merged`.
+
+        The `base` is the plain average, from which deltas are small: teaching leads away from all members.
+        """
+        weights, lessons = self._weights(members), self._lessons(members)
+        made = dict.fromkeys(names, weights)
+        if "merged" in made and len(lessons.x) and self._how.distil_steps:
+            made["merged"] = self._taught(weights, lessons)
+        return {name: self._stored(name, members, found, lessons) for name, found in made.items()}
+
+    def deltas(self, study: Study, base: bytes, forms: Sequence[str]) -> Iterator[tuple[str, bytes]]:
+        """What a member adds to its cluster's `base`, by form."""
+        lacking = self._lacking(study, base)
+        return ((form, DELTAS[form](lacking)) for form in forms)
+
+    def _written(self, part: str, blobs: Sequence[bytes]) -> PartEntry:
+        writer = self._layer.writer(part, len(blobs))
+        for blob in blobs:
             writer.add(blob)
-        return {part: self._layer.entry(part, writer.commit())}
+        return self._layer.entry(part, writer.commit())
 
     def _members(self, cluster: int) -> list[Study]:
         return [self._layer.study(index) for index, found in enumerate(self.clusters) if found == cluster]
@@ -102,17 +112,6 @@ class Shared:
     def _masses(self) -> list[float]:
         assert self._layer.inputs is not None
         return self._layer.inputs.mass(self._layer.site.num_experts)
-
-    def _merged(self, members: Sequence[Study]) -> bytes:
-        """The expert of a cluster: the average of its members, taught to put out what they do."""
-        weights, lessons = self._weights(members), self._lessons(members)
-        if len(lessons.x) and self._how.distil_steps:
-            weights = self._taught(weights, lessons)
-        return self._stored("merged", members, weights, lessons)
-
-    def _average(self, members: Sequence[Study]) -> bytes:
-        """The average of a cluster's members, from which deltas are small: teaching leads away from all of them."""
-        return self._stored("base", members, self._weights(members), self._lessons(members))
 
     def _weights(self, members: Sequence[Study]) -> dict[str, Tensor]:
         return merge([m.tensors for m in members], [self._masses[m.index] for m in members], self._units)

@@ -1,7 +1,7 @@
 """One expert of a layer under study: its tensors, what it saw of the calibration text, how far a form is from exact."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,8 @@ class Layer:
     """Where a layer's experts come from and go to.
 
     `inputs` are what it saw of the text that forms are fitted to, `judged` of text that none is: both None without
-    calibration. Without `compensated` weights are rounded to nearest all the same.
+    calibration. Without `compensated` weights are rounded to nearest all the same. `only` so many experts are looked
+    at, the first ones; None: all.
     """
 
     checkpoint: Checkpoint
@@ -51,10 +52,12 @@ class Layer:
     folder: Path
     judged: LayerInputs | None = None
     compensated: bool = True
+    only: int | None = None
 
     @property
     def site(self) -> Site:
-        return self.checkpoint.sites[self.index]
+        site = self.checkpoint.sites[self.index]
+        return site if self.only is None else replace(site, num_experts=self.only)
 
     @property
     def units(self) -> HiddenUnits | None:

@@ -257,15 +257,15 @@ class _Blobs:
 
 def _errors(manifest: Manifest, assignment: Assignment) -> tuple[float, ...]:
     """Error by layer, empty where nothing was measured. A layer that no text reached is taken as the mean."""
-    found = [_layer_error(layer, forms) for layer, forms in zip(manifest.layers, assignment, strict=True)]
+    found = [layer_error(layer, forms) for layer, forms in zip(manifest.layers, assignment, strict=True)]
     measured = [error for error in found if error is not None]
     if not measured:
         return ()
     return tuple(sum(measured) / len(measured) if error is None else error for error in found)
 
 
-def _layer_error(layer: LayerEntry, forms: Sequence[str]) -> float | None:
-    """None where a form's error was not measured."""
+def layer_error(layer: LayerEntry, forms: Sequence[str]) -> float | None:
+    """The relative squared error of a layer's outputs, its experts in `forms`; None where a form's was not measured."""
     if any(form not in layer.errors for form in {*forms} - {"exact"}):
         return None
     return sum(layer.errors[form][expert] for expert, form in enumerate(forms) if form != "exact")

@@ -196,11 +196,17 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise KeyError(name)
         return tuple((name,) * layer.num_experts for layer in self.layers)
 
+    def layer_bytes(self, name: str) -> tuple[int, ...]:
+        """Bytes by layer of all blobs that a form or a step of the chain needs, shared ones once."""
+        found = []
+        for at, forms in enumerate(self.assignment(name)):
+            blobs = {blob for index, form in enumerate(forms) for blob in self.blobs(ExpertId(at, index), form)}
+            found.append(sum(self.layers[at].parts[blob.part].nbytes for blob in blobs))
+        return tuple(found)
+
     def form_bytes(self, name: str) -> int:
         """Bytes of all blobs that a form or a step of the chain needs, shared ones once."""
-        forms = (form for layer in self.assignment(name) for form in layer)
-        blobs = {blob for expert, form in zip(self.expert_ids, forms, strict=True) for blob in self.blobs(expert, form)}
-        return sum(self.layers[blob.layer].parts[blob.part].nbytes for blob in blobs)
+        return sum(self.layer_bytes(name))
 
     @property
     def expert_bytes_bf16(self) -> int:
@@ -330,6 +336,9 @@ def _check_layer(manifest: Manifest, index: int, path: Path) -> None:
     _refuse_unless(sound, path, f"{where}: clusters do not match its experts")
     sound = all(0 <= child < layer.num_experts + at for at, pair in enumerate(layer.tree) for child in pair)
     _refuse_unless(sound, path, f"{where}: its tree joins what is not there yet")
+    joined = sorted(child for pair in layer.tree for child in pair)
+    sound = joined in ([], [*range(2 * layer.num_experts - 2)])
+    _refuse_unless(sound, path, f"{where}: its tree does not join all experts, each of them once")
     for shares in (layer.frequency, layer.mass):
         sound = len(shares) in (0, layer.num_experts) and _are_finite(shares) and min(shares, default=0) >= 0
         _refuse_unless(sound, path, f"{where}: not one share for every expert")

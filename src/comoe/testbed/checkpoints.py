@@ -17,7 +17,7 @@ from comoe.store.densefile import RawTensor, write_dense
 from comoe.store.tensorfiles import INDEX
 
 SHARD_BYTES = 1 << 30
-SPECIAL_TOKENS = ("<pad>", "</s>", "<unk>")
+SPECIAL_TOKENS = ("<pad>", "</s>", "<unk>", "<extra_id_0>")
 FIRST_CHARACTER = 0x20000
 """Where the tokenizer's characters begin: CJK ideographs of extension B, 42,720 in a row."""
 
