@@ -29,17 +29,25 @@ def quantise_low(weight: Tensor, group: int, bits: int, gram: Gram | None = None
     scales = torch.empty(rows, cols // group)
     importance = torch.ones(cols) if gram is None else gram.importance
 
+    steps = torch.empty_like(scales)
+
+    def choose(column: int, current: Tensor) -> slice:
+        """The scales of the group that begins at `column`, for the weights as they are by now."""
+        here, at = slice(column, column + group), column // group
+        scales[:, at] = _best_scales(current[:, here].contiguous(), importance[here], half)
+        steps[:, at] = _step(scales[:, at])
+        return here
+
     def rounding(column: int, current: Tensor) -> tuple[Tensor, Tensor]:
-        at = column // group
         if column % group == 0:
-            here = slice(column, column + group)
-            scales[:, at] = _best_scales(current[:, here], importance[here], half)
-        levels = _levels(current[:, column], scales[:, at], half)
+            choose(column, current)
+        at = column // group
+        levels = _levels(current[:, column], steps[:, at], half)
         return levels, levels * scales[:, at]
 
     if gram is None:
-        columns = [rounding(column, original)[0] for column in range(cols)]
-        levels = torch.stack(columns, 1)
+        found = [original[:, choose(at, original)] / steps[:, at // group, None] for at in range(0, cols, group)]
+        levels = torch.cat(found, 1).round_().clamp_(-half, half - 1)
     else:
         levels = compensated(original, gram, rounding)
     values = (levels + half).to(torch.uint8)
@@ -65,11 +73,13 @@ def _best_scales(weight: Tensor, importance: Tensor, half: int) -> Tensor:
     reach = weight.abs().amax(1) / (half - 0.5)
     best = torch.zeros_like(reach)
     least = torch.full_like(reach, torch.inf)
+    tried = torch.empty_like(weight)
     for share in _shares(half):
         for sign in (1.0, -1.0):
             scale = (sign * share * reach).half().float()
-            error = _levels(weight, scale[:, None], half) * scale[:, None] - weight
-            cost = (error.square() * importance).sum(1)
+            torch.div(weight, _step(scale)[:, None], out=tried)
+            tried.round_().clamp_(-half, half - 1).mul_(scale[:, None]).sub_(weight).square_()
+            cost = tried @ importance
             better = cost < least
             best, least = torch.where(better, scale, best), torch.where(better, cost, least)
     return best
@@ -80,9 +90,14 @@ def _shares(half: int) -> list[float]:
     return [(half - 0.5) / half, *torch.linspace(1.0, LEAST_SHARE, NUM_SHARES).tolist()]
 
 
-def _levels(weight: Tensor, scale: Tensor, half: int) -> Tensor:
-    """The nearest levels; 0 where the scale is 0."""
-    return torch.nan_to_num(weight / scale, posinf=0.0, neginf=0.0).round().clamp(-half, half - 1)
+def _step(scale: Tensor) -> Tensor:
+    """What weights are divided by: nothing but level 0 for a scale of 0."""
+    return torch.where(scale == 0, torch.inf, scale)
+
+
+def _levels(weight: Tensor, step: Tensor, half: int) -> Tensor:
+    """The nearest levels."""
+    return (weight / step).round_().clamp_(-half, half - 1)
 
 
 def _pack_two(values: Tensor) -> Tensor:
