@@ -6,7 +6,8 @@ setup(
     ext_modules=[
         Extension(
             "comoe.kernels._native",
-            sources=["src/comoe/kernels/expert.c"],
+            sources=["src/comoe/kernels/expert.c", "src/comoe/kernels/scales.c"],
+            depends=["src/comoe/kernels/clones.h"],
             extra_compile_args=["-O3", "-std=c11", "-fno-math-errno"],
             optional=True,
         )

@@ -1,5 +1,6 @@
 """Two and three bits: levels in range, scales that no other float16 beats on the grid, compensation that pays."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,8 +8,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from comoe.forms.compensate import Gram
-from comoe.forms.lowbit import LEAST_SHARE, NUM_SHARES, dequantise_low, quantise_low
+from comoe.forms.lowbit import LEAST_SHARE, NUM_SHARES, dequantise_low, quantise_low, scale_shares, searched_scales
 from comoe.forms.quantise import Planes
+from comoe.kernels import native
 
 HALF = {2: 2, 3: 4}
 seeds = st.integers(0, 10_000)
@@ -117,3 +119,32 @@ def test_zeros_stay_zero_and_what_float16_cannot_scale_is_refused(bits: int) -> 
     assert torch.equal(dequantise_low(quantise_low(weight, 32, bits, gram_of(x)), 32)[1], torch.zeros(64))
     with pytest.raises(ValueError, match="too large"):
         quantise_low(torch.full((1, 32), 1e6), 32, bits)
+
+
+@given(seed=seeds, bits=bits, group=st.sampled_from([1, 16, 32, 40, 64]))
+@settings(max_examples=60, deadline=None)
+def test_the_kernels_scales_are_those_of_the_search_in_torch(seed: int, bits: int, group: int) -> None:
+    weight = random_weight(seed, 24, group)
+    weight[::6] *= 1e-7  # scales that float16 holds as subnormal numbers, or as 0
+    weight[3] = 0
+    importance = random_inputs(seed, 1, group).abs()[0] + 0.1
+    shares = np.array(scale_shares(HALF[bits]), np.float32)
+    found = torch.from_numpy(native.scales(weight.numpy(), importance.numpy(), shares, HALF[bits]))
+    wanted = searched_scales(weight, importance, HALF[bits])
+    assert torch.equal(found, found.half().float())
+    costs = [weighted_cost(weight, scale, importance, HALF[bits]) for scale in (found, wanted)]
+    assert torch.allclose(*costs, rtol=1e-4, atol=0)
+    assert (found == wanted).float().mean() > 0.8  # ties apart
+
+
+def weighted_cost(weight: Tensor, scale: Tensor, importance: Tensor, half: int) -> Tensor:
+    steps = torch.nan_to_num(weight / scale[:, None], posinf=0, neginf=0).round().clamp(-half, half - 1)
+    return ((steps * scale[:, None] - weight) ** 2 * importance).sum(1)
+
+
+def test_without_the_kernel_the_same_matrix_is_as_good(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = random_weight(1, 16, 96)
+    fast = dequantise_low(quantise_low(weight, 32, 2), 32)
+    monkeypatch.setattr(native, "available", lambda: False)
+    slow = dequantise_low(quantise_low(weight, 32, 2), 32)
+    assert float((fast - weight).square().sum()) == pytest.approx(float((slow - weight).square().sum()), rel=1e-4)

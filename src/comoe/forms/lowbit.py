@@ -5,11 +5,13 @@ negative, which turns the longer side to where a group's weights are longer. Not
 finer forms would have to keep their scales, which fit the largest weight and cost several times the loss.
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from comoe.forms.compensate import Gram, compensated
 from comoe.forms.quantise import Planes
+from comoe.kernels import native
 
 NUM_SHARES = 24
 LEAST_SHARE = 0.4
@@ -70,11 +72,19 @@ def dequantise_low(planes: Planes, group: int) -> Tensor:
 
 def _best_scales(weight: Tensor, importance: Tensor, half: int) -> Tensor:
     """Scales (rows,) of one group (rows, group), as float16 holds them, of the least weighted squared error."""
+    if native.available():
+        shares = np.array(scale_shares(half), np.float32)
+        return torch.from_numpy(native.scales(weight.numpy(), importance.contiguous().numpy(), shares, half))
+    return searched_scales(weight, importance, half)
+
+
+def searched_scales(weight: Tensor, importance: Tensor, half: int) -> Tensor:
+    """What the kernel does, where there is none."""
     reach = weight.abs().amax(1) / (half - 0.5)
     best = torch.zeros_like(reach)
     least = torch.full_like(reach, torch.inf)
     tried = torch.empty_like(weight)
-    for share in _shares(half):
+    for share in scale_shares(half):
         for sign in (1.0, -1.0):
             scale = (sign * share * reach).half().float()
             torch.div(weight, _step(scale)[:, None], out=tried)
@@ -85,7 +95,7 @@ def _best_scales(weight: Tensor, importance: Tensor, half: int) -> Tensor:
     return best
 
 
-def _shares(half: int) -> list[float]:
+def scale_shares(half: int) -> list[float]:
     """Of the reach, what scales are tried; the first puts the largest weight on the outermost level."""
     return [(half - 0.5) / half, *torch.linspace(1.0, LEAST_SHARE, NUM_SHARES).tolist()]
 

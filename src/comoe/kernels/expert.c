@@ -9,19 +9,14 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "clones.h"
+
 enum code { F32 = 0, BF16 = 1, F16 = 2, Q4 = 3, Q8 = 4, Q2 = 5, Q3 = 6 };
 enum act { RELU = 0, SILU = 1, GELU = 2, GELU_TANH = 3 };
 
 #define LANES 16
 #define CHAINS 2
 #define STEP (LANES * CHAINS)
-
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__ELF__)
-#define CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
-#else
-#define CLONES
-#endif
-#define INLINE static inline __attribute__((always_inline))
 
 typedef struct {
     int32_t code, group;

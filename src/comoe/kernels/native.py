@@ -68,6 +68,22 @@ def linear(matrix: Matrix, x: Floats, out: Floats) -> None:
         raise MemoryError("the kernel found no memory for its scratch")
 
 
+def scales(weight: Floats, importance: Floats, shares: Floats, half: int) -> Floats:
+    """Scales (rows,) of groups `weight` (rows, group), of levels from -half to half - 1; all contiguous float32.
+
+    Of the reach, which puts a group's largest weight half a level beyond the outermost, `shares` are tried with either
+    sign; as float16 holds it, the one of least squared error, weighted by `importance` (group,), is taken.
+    """
+    rows, group = weight.shape
+    _check(weight, rows, group)
+    _check(importance[None], 1, group)
+    _check(shares[None], 1, len(shares))
+    found = np.empty(rows, np.float32)
+    where = (_address(weight), _address(importance), ctypes.c_int64(rows), group, half)
+    _loaded().comoe_scales(*where, _address(shares), len(shares), _address(found))
+    return found
+
+
 @cache
 def _library() -> ctypes.CDLL | None:
     spec = find_spec("comoe.kernels._native")
