@@ -32,8 +32,8 @@ SHAPE = SwitchShape(hidden=768, layers=12, experts=128, width=3072, heads=12)
 ONE_LAYER = replace(SHAPE, layers=2)
 """An encoder and a decoder of one sparse layer each."""
 
-TEXT_TOKENS = 20_000
-"""Of calibration text, at random: as many as a pack takes by default, and some."""
+CALIBRATION_TOKENS = 4096
+"""Of random text: it says nothing, but is read, recorded and certified on as any. More takes more passes, no memory."""
 
 LIMIT = 3 << 30
 TIMEOUT_S = 3 * 3600
@@ -43,7 +43,8 @@ KILLED_AT = 1 / 3
 
 def packing(checkpoint: Path, target: Path, forms: str | None) -> list[str]:
     texts = str(checkpoint.with_suffix(".txt"))
-    words = ["-m", "comoe", "pack", str(checkpoint), "-o", str(target), "--calib", texts, "--json"]
+    words = ["-m", "comoe", "pack", str(checkpoint), "-o", str(target), "--json"]
+    words += ["--calib", texts, "--calib-tokens", str(CALIBRATION_TOKENS)]
     return [sys.executable, *words, *(["--forms", forms] if forms else [])]
 
 
@@ -94,8 +95,8 @@ def measure(folder: Path, rows: Path | None) -> dict[str, Any]:
     large, small = folder / "switch", folder / "layer"
     for path, shape in ((small, ONE_LAYER), (large, SHAPE)):
         write_checkpoint(path, shape)
-        path.with_suffix(".txt").write_text(text(TEXT_TOKENS, shape.vocab), "utf-8")
-    settings = {"shape": asdict(SHAPE), "limit": LIMIT}
+        path.with_suffix(".txt").write_text(text(2 * CALIBRATION_TOKENS, shape.vocab), "utf-8")
+    settings = {"shape": asdict(SHAPE), "limit": LIMIT, "calibration_tokens": CALIBRATION_TOKENS}
     jobs = [
         Job({"pack": "one layer, full ladder"}, settings, partial(whole, small, folder / "full", None)),
         Job({"pack": "q8,q4"}, settings, partial(whole, large, folder / "whole", "q8,q4")),
