@@ -61,8 +61,9 @@ def _cell(row: Row) -> Row:
 
 
 def _is_uneven(row: Row) -> bool:
-    """Whether a worst domain loses more than twice the mean, its interval included."""
-    return bool(row["loss_worst_domain_ci95"][0] > WORST_OVER_MEAN * max(row["loss_ci95"][1], 0.0))
+    """Whether a worst domain loses more than twice the mean, its interval included, and more than the least target."""
+    low = row["loss_worst_domain_ci95"][0]
+    return bool(low > WORST_OVER_MEAN * row["loss_ci95"][1] and low > min(TARGETS.values()))
 
 
 def _finished(row: Row, exact: Score) -> Row:
