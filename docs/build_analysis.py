@@ -9,7 +9,7 @@ from comoe.bench.ladder_figures import TARGETS
 from comoe.bench.losses import percent, percents
 
 Row = dict[str, Any]
-SAID = {"shuffled": "shuffled within layers", "layer mean": "replaced by their layer's mean"}
+SAID = {"shuffled": "shuffled within layers they cost", "layer mean": "replaced by their layer's mean"}
 RESULT = Path(__file__).parents[1] / "benchmarks" / "ladder.json"
 FAMILIES = {
     "fewer bits": ("round to nearest", "gptq"),
@@ -68,8 +68,8 @@ def _short(document: dict[str, Any]) -> Iterator[str]:
 def _gates(gates: Sequence[Row]) -> Iterator[str]:
     """What a model's experts have in common: little, where their mean costs much."""
     if gates:
-        told = ", ".join(f"{gate['cost']:.2f} where they are {SAID[gate['change']]}" for gate in gates)
-        yield f"Nats per token that all experts together are worth: {told}."
+        told = ", ".join(f"{SAID[gate['change']]} {gate['cost']:.2f}" for gate in gates)
+        yield f"What its experts are worth, in nats per token: {told} more."
         yield ""
 
 

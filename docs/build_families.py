@@ -26,8 +26,8 @@ answer; all in float32. The tests do the same, on the transformers release that 
 - **exact**: whether a pack refers to these bytes, or has to hold a copy because they are scattered or in other order.
 - **runs**: what computes an expert for up to eight tokens: the C kernel, or torch; beyond, it is torch for all.
 - **weights**: what the experts' matrices have beyond the usual: stored (in, out), with biases, with norms.
-- **forms**: what a pack holds by default beside the exact experts; q2 and q3 can be asked for. Merged experts need
-  calibration, so a model that generates.
+- **forms**: those of the sweep's pack beside the exact experts. By default all forms are tried, and those kept that the
+  chain uses; tests hold the coarse ones on a few families. Merged experts need calibration, so a model that generates.
 - **bit-equal**: the same to the bit with all experts in memory, with one per layer, with one in all, and with a cache
   that is resized before every layer; with the kernel and without.
 - **allclose**: logits within 1e-5 of those of eager transformers. **greedy**: the same tokens.
