@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from corpora import DOMAINS, shared_folder
 
 from comoe.bench import quality
 from comoe.bench.figures import with_losses
@@ -18,29 +19,12 @@ from comoe.bench.plans import decode_windows, plan_row
 from comoe.bench.served import Served
 from comoe.make.recipe import Recipe
 from comoe.runtime import experts
-from comoe.store.shipped import calibration_files, demo_checkpoint, sample_files
+from comoe.store.shipped import demo_checkpoint
 from comoe.types import UsageError
 
-DOMAINS = ("bible_en", "novels_en")
 SCOPE = Scope(
     domains=2, windows=2, decode_tokens=32, items=2, calibration_tokens=2560, bounds=(0.0, 0.02), shares=(0.5, 0.3)
 )
-
-
-def shared_folder(folder: Path) -> Path:
-    """Texts and tasks laid out as the shared folder's, made of the texts that ship."""
-    corpus, tasks = folder / "data" / "corpus", folder / "data" / "tasks"
-    corpus.mkdir(parents=True)
-    tasks.mkdir()
-    items = []
-    for path, kind in [(path, "calib") for path in calibration_files()] + [(path, "valid") for path in sample_files()]:
-        text = path.read_text("utf-8").encode("ascii", "ignore").decode()  # characters that the tiny model knows
-        if path.stem in DOMAINS:
-            (corpus / f"{path.stem}.{kind}.txt").write_text(text[:20_000], "utf-8")
-            choices = [text[300 * at : 300 * at + 100] for at in (2, 8, 20, 30)]
-            items += [{"domain": path.stem, "prefix": text[:600], "choices": choices, "answer": 0}] * 2
-    (tasks / "next_chunk.jsonl").write_text("\n".join(map(json.dumps, items)) + "\n", "utf-8")
-    return folder
 
 
 def run(models: Path, shared: Path, out: Path | None) -> dict[str, Any]:
