@@ -61,6 +61,11 @@ class Bank:
             for at, module in enumerate(modules)
         ]
 
+    @property
+    def fitted(self) -> list[list[int]]:
+        """The windows of calibration text."""
+        return [window for batch in self._batches for window in batch]
+
     @cached_property
     def experts(self) -> list[list[dict[str, Tensor]]]:
         """Every expert's tensors in float32, in transformers' layout."""
@@ -73,8 +78,8 @@ class Bank:
     def routers(self) -> list[Tensor]:
         """The router (E, H) of every layer."""
         found = []
-        for at, (name, _) in enumerate(experts_modules(self._model)):
-            block = self._model.get_submodule(name.rpartition(".")[0])
+        for at, (name, _) in enumerate(experts_modules(self.model)):
+            block = self.model.get_submodule(name.rpartition(".")[0])
             width = self.inputs(at).x.shape[1]
             shape = (self.checkpoint.sites[at].num_experts, width)
             found.append(next(p.detach() for p in block.parameters() if tuple(p.shape) == shape))
@@ -99,15 +104,16 @@ class Bank:
     def nats(self, approximation: Approximation | None, windows: Windows) -> Score:
         """The nats of every window with a method's experts in the model, or with its own."""
         weights = self.experts if approximation is None else approximation.weights
-        for (_, module), layer in zip(experts_modules(self._model), weights, strict=True):
-            _put(module, layer)
+        for (_, module), layer in zip(experts_modules(self.model), weights, strict=True):
+            put(module, layer)
         kept = None if approximation is None else approximation.kept
-        with _choosing(self._model, kept):
-            evaluation = Evaluation.for_model(self._model, self._tokenizer, batch=BATCH_WINDOWS)
+        with _choosing(self.model, kept):
+            evaluation = Evaluation.for_model(self.model, self._tokenizer, batch=BATCH_WINDOWS)
             return Score({name: evaluation.nats(found) for name, found in windows.items()})
 
     @cached_property
-    def _model(self) -> Any:
+    def model(self) -> Any:
+        """Transformers' own, with the experts that were scored last."""
         model = reference_model(self._folder)
         if any(is_decorated(module) for _, module in experts_modules(model)):
             model.set_experts_implementation("grouped_mm")
@@ -115,7 +121,7 @@ class Bank:
 
 
 @torch.no_grad()
-def _put(module: Any, experts: Sequence[Weights]) -> None:
+def put(module: Any, experts: Sequence[Weights]) -> None:
     """Give a transformers module its experts' weights."""
     for index, tensors in enumerate(experts):
         for name, tensor in tensors.items():
