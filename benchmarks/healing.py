@@ -120,7 +120,9 @@ def row(contest: Contest, method: str, share: float) -> Row:
         assert made is not None
         return healed(contest, made)
     with closing(Pack(contest.pack(contest.recipe))) as opened:
-        step, made = step_within(opened, opened.manifest, contest.bank, share)
+        found = step_within(opened, opened.manifest, contest.bank, share)
+    assert found is not None
+    step, made = found
     return {"step": step.name, **healed(contest, made)}
 
 

@@ -18,6 +18,20 @@ FAMILIES = {
 }
 
 
+TOLD = """\
+- **Fewer bits** do not care what experts have in common, and end at two bits, where rounding costs most. They give all
+  experts the same, the ones that hardly count, too.
+- **Fewer experts** pay only where experts are alike. Where they are not, no average of two computes what both do,
+  however well hidden units are aligned; pruning keeps the busy ones whole and loses what the rare ones knew.
+- **A base and deltas** lie between: the delta has to carry what experts do not share, so its rank or bits grow as
+  they have less in common.
+- **comoe's chain** takes from each what pays: bits by how much an expert counts, none for those that hardly do, a
+  base and deltas where experts are alike. Certificates decide, per model, at packing time.
+
+## If you must choose
+"""
+
+
 def main() -> None:
     """Print the page."""
     print("\n".join(_lines(json.loads(RESULT.read_text("utf-8")))))
@@ -94,12 +108,14 @@ def _cell(rows: Sequence[Row], method: str, share: float) -> str:
 def _made_of(rows: Sequence[Row]) -> Iterator[str]:
     yield "What the chain is made of, share of experts:"
     yield ""
-    yield "| size | experts in | worst domain |"
+    yield "| size | experts in | worst domain, over the mean where that is a loss |"
     yield "|---|---|---|"
     for row in rows:
         if row["kind"] == "comoe":
             forms = ", ".join(f"{form} {share:.0%}" for form, share in row["forms"].items())
-            yield f"| {row['share']:.0%} | {forms} | {row['loss_worst_domain']:.2%} ({row['worst_domain']}) |"
+            worst = row["loss_worst_domain"]
+            over = f", {worst / row['loss']:.1f} x" if row["loss"] > min(TARGETS.values()) else ""
+            yield f"| {row['share']:.0%} | {forms} | {percent(worst)} ({row['worst_domain']}{over}) |"
     yield ""
 
 
@@ -120,25 +136,35 @@ def _ablations(rows: Sequence[Row]) -> Iterator[str]:
 
 def _limits(document: dict[str, Any]) -> Iterator[str]:
     """What the figures say of each family of methods."""
-    rows = [row for row in document["rows"] if row["kind"] == "published" and row["reaches"]]
+    models, shares = list(document["models"]), (0.16, 0.08)
+    rows = [row for row in document["rows"] if row["kind"] in ("comoe", "published") and row["reaches"]]
     yield "## What each family can and cannot do"
     yield ""
-    for family, methods in FAMILIES.items():
-        losses = {
-            model: min(
-                (row["loss"], row["method"], row["share"])
-                for row in rows
-                if row["model"] == model and row["method"] in methods and row["share"] <= 0.16
-            )
-            for model in document["models"]
-            if any(r["model"] == model and r["method"] in methods and r["share"] <= 0.16 for r in rows)
-        }
-        told = "; ".join(
-            f"{model} {loss:.2%} ({method} at {share:.0%})" for model, (loss, method, share) in losses.items()
-        )
-        yield f"- **{family.capitalize()}**, the best of it at 16 % or less: {told or 'reaches no such size'}."
-    yield "- **comoe's chain** takes from each what pays: bits by how much an expert counts, none for those that hardly"
-    yield "  do, a base and deltas where experts are alike. Certificates decide, per model, at packing time."
+    yield "The best of each, and what a model's experts have in common: how much their layer's mean costs."
+    yield ""
+    cells = [(model, share) for model in models for share in shares]
+    yield "| | " + " | ".join(f"{model} at {share:.0%}" for model, share in cells) + " |"
+    yield "|---" * (len(cells) + 1) + "|"
+    for family, methods in (*FAMILIES.items(), ("**comoe's chain**", ("comoe",))):
+        yield f"| {family} | " + " | ".join(_best(rows, methods, *cell) for cell in cells) + " |"
+    means = {gate["model"]: f"{gate['cost']:.2f} nats" for gate in document["gates"] if gate["change"] == "layer mean"}
+    yield "| mean instead of experts | " + " | ".join(means.get(model, "") for model, _ in cells) + " |"
+    yield ""
+    yield from TOLD.splitlines()
+    for share in sorted({row["share"] for row in rows}, reverse=True):
+        losses = [row["loss"] for row in rows if row["kind"] == "comoe" and row["share"] == share]
+        least, most = percent(max(0.0, min(losses))), percent(max(losses))
+        yield f"- At {share:.0%} of the bytes the chain loses {least} to {most} on these models."
+    yield "- Pack with the defaults: all forms are tried, those that do not pay are left out. `comoe inspect --plot` shows"
+    yield "  what your model's chain loses at every size. Then give `--max-loss`, not a form: the planner takes the step."
+
+
+def _best(rows: Sequence[Row], methods: Sequence[str], model: str, share: float) -> str:
+    found = [row for row in rows if row["model"] == model and row["method"] in methods and row["share"] == share]
+    if not found:
+        return "-"
+    best = min(found, key=lambda row: row["loss"])
+    return percent(best["loss"]) + (f" ({best['method']})" if len(methods) > 1 else "")
 
 
 if __name__ == "__main__":

@@ -87,3 +87,12 @@ def test_an_upcycled_models_experts_are_one_expert_and_deltas_of_low_rank(
     first, second = (made.expert(0, expert)["down_proj"].float() for expert in (0, 1))
     values = torch.linalg.svdvals(first - second)
     assert float(values[0]) > 0 and float(values[2 * upcycled.RANK :].max()) < 0.05 * float(values[0])
+
+
+def test_a_chain_that_has_no_step_so_small_does_not_reach(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    models, shared, out, _ = tiny
+    scope = replace(SCOPE, shares=(), ablated_shares=(0.001,), gate=False)
+    monkeypatch.setattr(ladder, "QUICK", scope)
+    monkeypatch.setattr(ladder, "ABLATIONS", {"own forms, no dropping": ABLATIONS["own forms, no dropping"]})
+    rows = run(models, shared, out, [])["rows"]
+    assert [(row["kind"], row.get("reaches")) for row in rows] == [("exact", None), ("ablation", False)]

@@ -5,6 +5,7 @@ arithmetic. Ablations leave out one ingredient of the chain at a time.
 """
 
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -203,41 +204,46 @@ def _published_row(contest: Contest, method: str, share: float) -> Row:
 
 def _our_row(contest: Contest, share: float) -> Row:
     opened = Pack(contest.pack(contest.recipe))
-    step, row = _step_row(contest, opened, opened.manifest, share)
-    return {**row, "certified_loss": step.certificate.loss if step.certificate else None}
+    row = _step_row(contest, opened, opened.manifest, share)
+    certified = {step.name: step.certificate for step in opened.manifest.chain}.get(row.get("step", ""))
+    return {**row, "certified_loss": certified.loss if certified else None}
 
 
 def _ablated_row(contest: Contest, ablation: Ablation, share: float) -> Row:
     opened = Pack(contest.pack(ablation.recipe(contest.recipe)))
-    return _step_row(contest, opened, ablation.chained(opened.manifest), share)[1]
+    return _step_row(contest, opened, ablation.chained(opened.manifest), share)
 
 
-def _step_row(contest: Contest, opened: Pack, manifest: Manifest, share: float) -> tuple[ChainStep, Row]:
-    """The finest step of a chain within `share` of the experts' bytes, and its row. Closes the pack."""
-    step, made = step_within(opened, manifest, contest.bank, share)
-    score = contest.bank.nats(made, contest.windows)
-    opened.close()
-    return step, {
+def _step_row(contest: Contest, opened: Pack, manifest: Manifest, share: float) -> Row:
+    """The row of the finest step of a chain within `share` of the experts' bytes. Closes the pack."""
+    with closing(opened):
+        found = step_within(opened, manifest, contest.bank, share)
+    if found is None:
+        return {"reaches": False}
+    step, made = found
+    return {
         "reaches": True,
         "bytes": made.nbytes,
         "step": step.name,
         "resident_bytes": step.resident_bytes,
         "forms": _form_shares(manifest, step.name),
-        **_scored(score),
+        **_scored(contest.bank.nats(made, contest.windows)),
     }
 
 
-def step_within(opened: Pack, manifest: Manifest, bank: Bank, share: float) -> tuple[ChainStep, Approximation]:
-    """The finest step of a chain within `share` of the experts' bytes, and its weights.
+def step_within(opened: Pack, manifest: Manifest, bank: Bank, share: float) -> tuple[ChainStep, Approximation] | None:
+    """The finest step of a chain within `share` of the experts' bytes, and its weights; None where there is none.
 
     `manifest` is the pack's, or has another chain of its forms.
     """
-    sizes = [manifest.form_bytes(step.name) for step in manifest.chain]
-    nbytes, at = max((nbytes, at) for at, nbytes in enumerate(sizes) if nbytes <= share * bank.nbytes)
-    step = manifest.chain[at]
+    sizes = {step: manifest.form_bytes(step.name) for step in manifest.chain}
+    small = [step for step, nbytes in sizes.items() if nbytes <= share * bank.nbytes]
+    if not small:
+        return None
+    step = max(small, key=sizes.__getitem__)
     assignment = enumerate(manifest.assignment(step.name))
     weights = [_layer_weights(opened, bank, layer, forms) for layer, forms in assignment]
-    return step, Approximation(weights, nbytes)
+    return step, Approximation(weights, sizes[step])
 
 
 def _layer_weights(opened: Pack, bank: Bank, layer: int, forms: tuple[str, ...]) -> list[dict[str, torch.Tensor]]:
