@@ -29,6 +29,7 @@ TOLD = """\
   base and deltas where experts are alike. Certificates decide, per model, at packing time.
 
 ## If you must choose
+
 """
 
 
@@ -155,8 +156,8 @@ def _limits(document: dict[str, Any]) -> Iterator[str]:
         losses = [row["loss"] for row in rows if row["kind"] == "comoe" and row["share"] == share]
         least, most = percent(max(0.0, min(losses))), percent(max(losses))
         yield f"- At {share:.0%} of the bytes the chain loses {least} to {most} on these models."
-    yield "- Pack with the defaults: all forms are tried, those that do not pay are left out. `comoe inspect --plot` shows"
-    yield "  what your model's chain loses at every size. Then give `--max-loss`, not a form: the planner takes the step."
+    yield "- Pack with the defaults: all forms are tried, those that do not pay left out. `comoe inspect --plot` shows"
+    yield "  what your model's chain loses at every size. Then give `--max-loss`, not a form: the planner takes a step."
 
 
 def _best(rows: Sequence[Row], methods: Sequence[str], model: str, share: float) -> str:

@@ -22,8 +22,8 @@ MIN_HELD_OUT = 4
 SAMPLED = 16
 """Positions of a batch whose whole distribution is kept: a large vocabulary takes half a megabyte for each."""
 
-MIN_CACHE_BYTES = 256 << 20
-"""Experts that may be in memory while a form is scored, however small a layer is."""
+CACHE_BYTES = 256 << 20
+"""Experts that may be in memory while a form is scored: a pass takes every expert once, so that more saves no read."""
 
 
 def certify(
@@ -74,13 +74,12 @@ class Sample:
 def _measured(loader: Loader, rungs: Sequence[str], windows: Windows) -> Iterator[tuple[str, Score, Tensor]]:
     """Nats and sampled log probabilities of the model with every expert in one rung, for each of `rungs`; in float32.
 
-    The dense part is loaded once; in memory are the experts of one layer at a time.
+    The dense part is loaded once.
     """
     tokenizer = tokenizer_of(loader.pack.folder)
     model: Any = None
     for rung in rungs:
-        room = min(loader.ladder.rung(rung).nbytes, max(MIN_CACHE_BYTES, loader.largest_layer(rung)))
-        model = loader.streamed(rung, room, model)
+        model = loader.streamed(rung, CACHE_BYTES, model)
         with model.comoe.cache:
             evaluation = Evaluation.for_model(model, tokenizer)
             sample = Sample()

@@ -14,7 +14,7 @@ import torch
 from comoe.forms.distil import BATCH_TOKENS, Lessons, train
 from comoe.forms.quantise import quantise
 from comoe.make.calibrate import LayerInputs, fitted, held_out
-from comoe.make.certify import MIN_CACHE_BYTES, MIN_HELD_OUT, Windows
+from comoe.make.certify import CACHE_BYTES, MIN_HELD_OUT, Windows
 from comoe.make.chain import PROBED, SHARES
 from comoe.make.layers import build
 from comoe.make.protocol import BATCH, DecoderEvaluation, EncoderDecoderEvaluation
@@ -145,7 +145,7 @@ def _pass_s(layer: Layer, num_tokens: int, read_s: float) -> tuple[float, float]
     blobs = arrays([layer.study(0).blob("high", quantise)])
     coarse_s = _timed(lambda: SiteMath(layer.module, site, torch.float32).run("q4", blobs, x))
     whole = sum(found.num_experts * found.expert_bytes_bf16 for found in checkpoint.sites)
-    streamed = sum(share * whole for share in SHARES if share * whole > MIN_CACHE_BYTES) / len(SHARES)
+    streamed = sum(share * whole for share in SHARES if share * whole > CACHE_BYTES) / len(SHARES)
     return dense_s + used * (read_s + run_s), dense_s + used * coarse_s + streamed * read_s / expert
 
 

@@ -84,6 +84,8 @@ def pack(
     if not target.absolute().parent.is_dir():
         raise UsageError(f"{target.absolute().parent} is not a folder: make it first, or choose another place.")
     use_threads(recipe.threads)
+    process.steady_malloc()
+    process.bound_kernel_caches()
     checkpoint = Checkpoint.open(source)
     if recipe.texts:
         check_calibratable(checkpoint)
@@ -127,6 +129,7 @@ class Packer:
             say(f"No rows of these experts divide into groups of 32, so there will be no {', '.join(dropped)}.")
         inputs = self._calibrate()
         layers = self._layers(inputs)
+        process.trim_malloc()
         manifest = self._manifest(dense_bytes, layers, inputs)
         self._write(MANIFEST, encode(manifest))
         if self._recipe.texts:

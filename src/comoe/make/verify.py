@@ -147,7 +147,7 @@ def _check_plan(
         got = measure(served, tokenizer, text, MEASURED_TOKENS)
         plan: Plan = served.comoe.plan
         estimate = served.comoe.ledger.loss
-    exact = loader.streamed("exact", min(loader.ladder.exact.nbytes, max(budget, loader.largest_layer("exact"))))
+    exact = loader.streamed("exact", budget)
     with exact.comoe:
         loss = got.loss(measure(exact, tokenizer, text, MEASURED_TOKENS))
     findings.predicted = {

@@ -7,8 +7,6 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import numpy as np
-
 from comoe.defaults import CONTEXT
 from comoe.device import process
 from comoe.device.costs import measured_costs
@@ -134,18 +132,14 @@ class Loader:
         return self.streamed(rung, self.ladder.rung(rung).nbytes)
 
     def streamed(self, rung: str, capacity: int, earlier: Any = None) -> Any:
-        """The model with every expert in `rung` and at most `capacity` bytes of them in memory.
+        """The model with every expert in `rung` and at most `capacity` bytes of them in memory, one expert at least.
 
         `earlier` is a model of the same pack and dtype that has served and is now served anew, not loaded again.
         """
         model = self._skeleton() if earlier is None else earlier
-        return self._serve(model, uniform(self.ladder, rung), capacity)
-
-    def largest_layer(self, rung: str) -> int:
-        """Memory of all experts of the largest layer in `rung`, those that share a blob counted apart."""
-        groups = self.ladder.rung(rung).groups_beside(None)
-        ends = np.cumsum([layer.num_experts for layer in self.pack.manifest.layers])[:-1]
-        return int(max(layer.sum() for layer in np.split(groups, ends)))
+        wanted = self.ladder.rung(rung)
+        room = min(wanted.nbytes, max(capacity, wanted.group_beside(None)))
+        return self._serve(model, uniform(self.ladder, rung), room)
 
     def planner(self) -> Planner:
         """A planner with this device's rates; what a token costs beside its experts is not known yet."""
