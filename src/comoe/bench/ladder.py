@@ -58,7 +58,7 @@ class Scope:
     upcycled: bool
 
 
-FULL = Scope(None, 48, 49152, (0.55, 0.3, 0.16, 0.08), (0.16, 0.08), gate=True, upcycled=True)
+FULL = Scope(None, 48, 49152, (0.55, 0.3, 0.16, 0.08), (0.16, 0.08, 0.03), gate=True, upcycled=True)
 QUICK = Scope(2, 4, 5120, (0.16,), (), gate=False, upcycled=False)
 
 
