@@ -20,11 +20,12 @@ def ladder(
     clusters: int | None = None,
     steps: dict[str, Sequence[str]] | None = None,
     calibrated: list[list[float]] | None = None,
+    mass: list[list[float]] | None = None,
 ) -> Ladder:
     """Blobs of `blobs[part]` bytes for every expert, `clusters` of them for `merged`; q8's parts are high and low.
 
     `steps` come between the forms and exact: by name, the form of every expert of all layers. Losses were certified on
-    text that used experts as in `calibrated`, by default as in `use`.
+    text that used experts as in `calibrated`, by default as in `use`, with gates in proportion or as in `mass`.
     """
     num_experts = sum(map(len, use))
     rows = {part: clusters if part == "merged" and clusters else num_experts for part in blobs}
@@ -44,8 +45,11 @@ def ladder(
         chosen = np.array([forms.index(form) for form in assigned])
         rungs.append(Rung(name, forms, chosen, needs, sizes, uses, loss, interval, (errors or {}).get(name, ())))
     quantiles = tuple(at / 10 for at in range(11))
-    by_layer, certified = (tuple(np.array(layer, np.float64) for layer in found) for found in (use, calibrated or use))
-    return Ladder(tuple(rungs), by_layer, certified, quantiles, 1000)
+    by_layer, certified, gates = (
+        tuple(np.array(layer, np.float64) for layer in found)
+        for found in (use, calibrated or use, mass or calibrated or use)
+    )
+    return Ladder(tuple(rungs), by_layer, certified, gates, quantiles, 1000)
 
 
 STEPS = ("10%", "20%")

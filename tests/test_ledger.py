@@ -199,3 +199,30 @@ def test_where_every_layer_streams_and_all_of_it_takes_the_floor_the_loss_is_the
             assert spent.loss >= floor.price - 1e-9
             if len(found.use) == 1 and floor.price >= target.price:
                 assert spent.loss == pytest.approx(floor.price)
+
+
+def test_gates_and_not_uses_say_what_a_mixed_floors_coarse_uses_bear() -> None:
+    """A chain keeps experts of heavy gates fine: the others have half of the uses here, and a quarter of the gates."""
+    found = ladder(
+        {"high": 4096, "exact": 8192},
+        {"half": 0.04},
+        [[1.0] * 4],
+        steps={"half": ["exact"] * 2 + ["q4"] * 2},
+        mass=[[3.0, 3.0, 1.0, 1.0]],
+    )
+    spent = Ledger(found.prices("exact", "half"), 0.05)
+    spent.add(0, "exact", 6.0)
+    spent.add(0, "q4", 2.0, floor=True)
+    assert spent.loss == pytest.approx(0.044)
+
+
+def test_experts_that_the_certified_text_never_used_are_dear_and_not_free() -> None:
+    never = ladder(
+        {"high": 4096, "exact": 8192},
+        {"half": 0.04},
+        [[0.1, 0.1, 1.0, 1.0]],
+        steps={"half": ["exact"] * 2 + ["q4"] * 2},
+        calibrated=[[1.0, 1.0, 0.0, 0.0]],
+    )
+    assert not Ledger(never.prices("exact", "half"), 0.04).allows_floor(0, 1e-3)
+    assert never.exposure(never.exact, never.rung("half")) > 100

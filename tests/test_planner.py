@@ -280,7 +280,7 @@ def test_a_floor_for_every_miss_has_no_threshold() -> None:
 
 
 def test_without_a_profile_of_gates_they_are_taken_as_evenly_spread() -> None:
-    bare = Ladder(LADDER.rungs, LADDER.use, LADDER.use, (), 0)
+    bare = Ladder(LADDER.rungs, LADDER.use, LADDER.use, LADDER.use, (), 0)
     assert 0 < Planner(bare, COSTS)._threshold(0.5) < 1
 
 

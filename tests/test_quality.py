@@ -71,7 +71,7 @@ def test_the_document_and_its_page_are_left_beside_the_rows_and_name_no_folder(t
     models, _, out, document = tiny
     kept = (out / "quality.json").read_text("utf-8")
     assert json.loads(kept) == document
-    assert "| merged |" in (out / "quality.md").read_text("utf-8")
+    assert "| q2 |" in (out / "quality.md").read_text("utf-8")
     assert len((out / "quality.rows.jsonl").read_text("utf-8").splitlines()) == len(document["rows"])
     assert not any(str(models.parent) in path.read_text("utf-8") for path in out.glob("quality.*"))
 

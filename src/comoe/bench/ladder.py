@@ -25,7 +25,6 @@ from comoe.bench.rows import Job, Row, RowFile, collect
 from comoe.bench.subject import Subject
 from comoe.bench.upcycled import NAME as UPCYCLED
 from comoe.bench.upcycled import make_upcycled
-from comoe.defaults import FORMS
 from comoe.make.calibrate import cut, fitted
 from comoe.make.chain import restricted, with_chain
 from comoe.make.export import expert_weights
@@ -37,7 +36,7 @@ from comoe.make.shared import AS_MEASURED, SHARING, Sharing
 from comoe.make.text import windows
 from comoe.runtime.experts import SiteMath
 from comoe.store.checkpoint import read_config
-from comoe.store.manifest import ChainStep, Manifest
+from comoe.store.manifest import FORM_PARTS, ChainStep, Manifest
 from comoe.store.pack import Pack
 from comoe.types import ExpertId, Progress
 
@@ -63,10 +62,10 @@ QUICK = Scope(2, 4, 5120, (0.16,), (), gate=False, upcycled=False)
 
 
 def _without(*forms: str) -> tuple[str, ...]:
-    return tuple(form for form in FORMS if form not in forms)
+    return tuple(form for form in FORM_PARTS if form not in (*forms, "exact"))
 
 
-OWN = _without(*SHARING)
+ALL, OWN = _without(), _without(*SHARING)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,13 +73,15 @@ class Ablation:
     """A chain of `forms` alone, of a pack whose recipe was changed. Nothing is certified: shared forms are taken
     wherever local errors speak for them."""
 
-    forms: tuple[str, ...] = FORMS
+    forms: tuple[str, ...] = ALL
     sharing: Sharing = AS_MEASURED
     compensated: bool = True
 
     def recipe(self, whole: Recipe) -> Recipe:
         """The recipe of the pack that the chain is made from."""
-        return replace(whole, pruned=False, certified=False, sharing=self.sharing, compensated=self.compensated)
+        return replace(
+            whole, forms=ALL, pruned=False, certified=False, sharing=self.sharing, compensated=self.compensated
+        )
 
     def chained(self, manifest: Manifest) -> Manifest:
         """A pack's manifest with this chain alone."""

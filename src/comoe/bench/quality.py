@@ -21,7 +21,7 @@ from comoe.device.machine import machine
 from comoe.types import Progress
 
 NAME = "quality"
-LADDER = ("merged", "q2", "q3", "q4", "q8")
+LADDER = ("q2", "q3", "q4", "q8")
 """The forms that are scored alone, with all experts in one."""
 
 

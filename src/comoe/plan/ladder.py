@@ -23,6 +23,9 @@ A short session has left most experts out by chance, not by nature. Shares are D
 so many foretell both what it uses later and what it hits well: docs/decisions/012.
 """
 
+LEAST_SHARE = 1e-4
+"""Of a layer, what experts are taken to have had of the certified text where it gave them less: none had no part."""
+
 
 class Band(NamedTuple):
     """A predicted quantity as an interval."""
@@ -137,12 +140,13 @@ class Ladder:
     """Rungs from coarse to exact, and how experts are used: the forms, each for all experts, and the chain's steps.
 
     `use[layer]` (E,) is the expected number of uses of every expert per token, `calibrated[layer]` that of text such as
-    losses were certified on; `gate_quantiles` as in the manifest.
+    losses were certified on, `mass[layer]` the shares of its gates; `gate_quantiles` as in the manifest.
     """
 
     rungs: tuple[Rung, ...]
     use: tuple[Array, ...]
     calibrated: tuple[Array, ...]
+    mass: tuple[Array, ...]
     gate_quantiles: tuple[float, ...]
     expert_bytes_bf16: int
 
@@ -165,10 +169,10 @@ class Ladder:
         return tuple(form for form in self.exact.forms if form in used)
 
     def prices(self, target: str, floor: str | None = None) -> Prices:
-        """The prices of a plan: where all uses that may miss take the floor, the loss is the floor's.
+        """The prices of a plan, per gate: where all uses that may miss take the floor, the loss is the floor's.
 
         A floor may hold experts in the target's own form. Uses of those never take it, so the others bear its whole
-        price: by how often they were used when it was certified, whatever a session does.
+        price: by their share of the gates when it was certified, whatever a session does.
         """
         wanted = self.rung(target)
         fine = tuple(wanted.loss_rate(layer) for layer in range(len(self.use)))
@@ -177,20 +181,15 @@ class Ladder:
         other = self.rung(floor)
         ends = np.cumsum([len(layer) for layer in self.use])[:-1]
         partial = np.split(wanted.groups_beside(other) > 0, ends)
-        streamed = [float(layer[flags].sum()) for layer, flags in zip(self.calibrated, partial, strict=True)]
-        coarse = tuple(
-            max(0.0, rate + (other.loss_rate(at) - rate) * float(self.calibrated[at].sum()) / streamed[at])
-            if streamed[at]
-            else rate
-            for at, rate in enumerate(fine)
-        )
-        return Prices(fine, coarse)
+        shares = [_share(layer, flags) for layer, flags in zip(self.mass, partial, strict=True)]
+        coarse = (rate + (other.loss_rate(at) - rate) / shares[at] for at, rate in enumerate(fine))
+        return Prices(fine, tuple(max(0.0, rate) for rate in coarse))
 
     def exposure(self, target: Rung, floor: Rung | None) -> float:
         """How often a session uses what is streamed beside `floor`, over how often the certified text did."""
         partial = target.groups_beside(floor) > 0
-        certified = float(np.concatenate(self.calibrated)[partial].sum())
-        return float(target.use[partial].sum()) / certified if certified else 1.0
+        certified = np.concatenate(self.calibrated)
+        return _share(target.use, partial, 0.0) / _share(certified, partial)
 
     def rung(self, name: str) -> Rung:
         """KeyError where the pack has no such form or step."""
@@ -198,6 +197,11 @@ class Ladder:
             if rung.name == name:
                 return rung
         raise KeyError(name)
+
+
+def _share(values: Array, flags: Flags, least: float = LEAST_SHARE) -> float:
+    """Of all values (N,), the share of those that are flagged; 1 where none is."""
+    return max(float(values[flags].sum()) / max(float(values.sum()), 1e-12), least) if flags.any() else 1.0
 
 
 def ladder_of(manifest: Manifest, profile: Profile | None = None) -> Ladder:
@@ -228,7 +232,10 @@ def ladder_of(manifest: Manifest, profile: Profile | None = None) -> Ladder:
                 errors=_errors(manifest, assignment),
             )
         )
-    return Ladder(tuple(rungs), use, calibrated, manifest.gate_quantiles, manifest.expert_bytes_bf16)
+    mass = tuple(
+        np.array(layer.mass) if layer.mass else used for layer, used in zip(manifest.layers, calibrated, strict=True)
+    )
+    return Ladder(tuple(rungs), use, calibrated, mass, manifest.gate_quantiles, manifest.expert_bytes_bf16)
 
 
 class _Blobs:

@@ -125,7 +125,7 @@ class Planner:
             start_seconds=self.costs.read_ms(_floor_bytes(floor), 1) / 1e3,
             fetch_bytes=fetch,
             shares=target.shares_over(floor, coarse),
-            hit_rate=1.0 - missed * num_streamed / float(use.sum()),
+            hit_rate=1.0 - missed * num_streamed / max(float(use.sum()), 1e-12),
         )
 
     def _threshold(self, share: float) -> float:
