@@ -183,6 +183,18 @@ def test_an_expert_is_timed_by_building_it_in_a_folder_that_is_gone_afterwards(
     assert not (tmp_path / "sample").exists()
 
 
+def test_a_sample_that_a_killed_run_left_is_no_hindrance(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "p.partial" / "work" / "sample").mkdir(parents=True)
+    (tmp_path / "p.partial" / "work" / "input").write_text("another input")
+    pack(tiny_checkpoint, tmp_path / "p", Recipe(forms=("q4",)), QUIET)
+    checkpoint = Checkpoint.open(tiny_checkpoint)
+    (tmp_path / "sample").mkdir()
+    (tmp_path / "sample" / "000-high.1.unfinished").write_bytes(b"half")
+    left = Left(num_experts=1, dense_bytes=0, text={})
+    assert seconds_to_pack(checkpoint, blank(checkpoint), Recipe(), FORMS, left, tmp_path / "sample") > 0
+    assert not (tmp_path / "sample").exists()
+
+
 KILLED = {
     "with one layer done": ("layer 2", ("--forms", ",".join(FORMS)), ["000.json"]),
     "while its chain is certified": ("certificate", (), ["000.json", "001.json"]),

@@ -179,7 +179,7 @@ def test_a_pack_without_anything_to_draw_is_refused(comoe: Comoe, tmp_path: Path
     edit(tmp_path / "toy", uncalibrated)
     result = comoe("inspect", "toy", "--plot", "p.svg")
     assert (result.code, result.out) == (2, "")
-    assert "was not calibrated: leave out --plot, or pack again." in result.sentence
+    assert "has no losses, errors or clusters; calibrate it, or leave out --plot." in result.sentence
     assert not Path("p.svg").exists()
 
 

@@ -398,7 +398,7 @@ def test_what_was_routed_before_a_run_failed_is_kept(
     [
         ("damaged", "make it again"),
         ("other", "is of another model"),
-        ("PACK", "cannot be a file"),
+        ("PACK", "cannot be written"),
         ("PACK/mine", "would change a pack"),
         ("nowhere/mine", "in a folder that is there"),
     ],

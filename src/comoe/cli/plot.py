@@ -4,9 +4,7 @@ Only this file imports matplotlib, and this file is imported only where a pictur
 `cli.picture`'s to say.
 """
 
-import os
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from errno import EDQUOT, ENOSPC
 from io import BytesIO
 from math import log
@@ -22,6 +20,7 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from comoe.cli.picture import ClusterTree, LayerCurve, Picture, StepLoss, apart, spread
+from comoe.store.whole import whole
 from comoe.types import StorageFull, UsageError
 from comoe.units import format_size
 
@@ -75,7 +74,9 @@ def save(picture: Picture, path: Path) -> None:
     if ending not in UNDATED:
         raise UsageError(f"{path} does not end in .svg, .png or .pdf: give --plot a file that does.")
     if not (picture.frontier or picture.curves or picture.trees):
-        raise UsageError("there is nothing to draw, for the pack was not calibrated: leave out --plot, or pack again.")
+        raise UsageError(
+            "there is nothing to draw: the pack has no losses, errors or clusters; calibrate it, or leave out --plot."
+        )
     drawn = BytesIO()
     with style.context(["default", SETTINGS]):  # and nothing that whoever draws has set
         _draw(picture).savefig(drawn, format=ending[1:], metadata=UNDATED[ending])
@@ -83,20 +84,13 @@ def save(picture: Picture, path: Path) -> None:
 
 
 def _write(path: Path, data: bytes) -> None:
-    unfinished = path.with_name(f"{path.name}.unfinished")
     try:
-        with unfinished.open("wb") as file:
+        with whole(path) as file:
             file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
     except OSError as error:
         if error.errno in (ENOSPC, EDQUOT):
             raise StorageFull(f"the disk is full: {path} was not written. Make room and try again.") from error
         raise UsageError(f"{path} cannot be written ({error.strerror}): choose another place.") from error
-    finally:
-        with suppress(OSError):
-            unfinished.unlink(missing_ok=True)
 
 
 def _draw(picture: Picture) -> Figure:

@@ -1,6 +1,9 @@
 """`comoe profile`: how text uses experts: profiles added up, and what is in one."""
 
-from collections.abc import Sequence
+import fcntl
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import reduce
 from operator import add
 from pathlib import Path
@@ -75,18 +78,32 @@ def check_place(path: Path) -> None:
     parent = path.absolute().parent
     try:
         possible, packed = parent.is_dir() and not path.is_dir(), (parent / MANIFEST).exists()
+        possible &= os.access(parent, os.W_OK)
     except OSError as error:
         raise UsageError(f"{path} cannot be written: {error.strerror}.") from error
     if not possible:
-        raise UsageError(f"{path} cannot be a file: choose one in a folder that is there.")
+        raise UsageError(f"{path} cannot be written: choose a file in a folder that is there and yours.")
     if packed:
         raise UsageError(f"{path} would change a pack, which stays as it was packed: choose another place.")
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Keep others from adding to a profile meanwhile: its folder is locked."""
+    descriptor = os.open(path.absolute().parent, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def keep(path: Path, profile: Profile) -> None:
     """Write the file of a profile. Raises UsageError."""
     try:
         write_profile(path, profile)
+    except ValueError as error:
+        raise UsageError(f"{path} stays as it was: this run's gates are no numbers.") from error
     except OSError as error:
         raise UsageError(f"{path} cannot be written: {error.strerror}.") from error
 

@@ -25,7 +25,7 @@ from comoe.cli.options import (
     switch,
     wish,
 )
-from comoe.cli.profile import check_place, keep
+from comoe.cli.profile import alone, check_place, keep
 from comoe.cli.terminal import print_json, say
 from comoe.defaults import CONTEXT, MAX_NEW_TOKENS, SEED, TEMPERATURE, TOP_K, TOP_P
 from comoe.store.manifest import read_manifest
@@ -196,7 +196,8 @@ def _profiled(session: Session, profile: Path | None) -> Iterator[None]:
     finally:
         if profile is not None:
             found = session.model.comoe.profile
-            keep(profile, read_profile(profile) + found if profile.exists() else found)
+            with alone(profile):
+                keep(profile, read_profile(profile) + found if profile.exists() else found)
 
 
 def _given(prompt: str | None, prompt_file: Path | None) -> str | None:

@@ -26,30 +26,29 @@ def quantise_low(weight: Tensor, group: int, bits: int, gram: Gram | None = None
     half = 1 << (bits - 1)
     rows, cols = weight.shape
     original = weight.float().clone()
-    if float(original.abs().max()) / (half - 0.5) > torch.finfo(torch.float16).max:
-        raise ValueError("a weight is too large for float16 scales")
     scales = torch.empty(rows, cols // group)
+    steps = torch.empty_like(scales)
     importance = torch.ones(cols) if gram is None else gram.importance
 
-    steps = torch.empty_like(scales)
-
-    def choose(column: int, current: Tensor) -> slice:
-        """The scales of the group that begins at `column`, for the weights as they are by now."""
+    def scale(column: int, current: Tensor) -> None:
+        """Choose for the group that begins at `column`, whose weights are `current` by now: compensation moves them."""
         here, at = slice(column, column + group), column // group
+        if float(current[:, here].abs().max()) / (half - 0.5) > torch.finfo(torch.float16).max:
+            raise ValueError("a weight is too large for float16 scales")
         scales[:, at] = _best_scales(current[:, here].contiguous(), importance[here], half)
         steps[:, at] = _step(scales[:, at])
-        return here
 
     def rounding(column: int, current: Tensor) -> tuple[Tensor, Tensor]:
         if column % group == 0:
-            choose(column, current)
+            scale(column, current)
         at = column // group
         levels = _levels(current[:, column], steps[:, at], half)
         return levels, levels * scales[:, at]
 
     if gram is None:
-        found = [original[:, choose(at, original)] / steps[:, at // group, None] for at in range(0, cols, group)]
-        levels = torch.cat(found, 1).round_().clamp_(-half, half - 1)
+        for column in range(0, cols, group):
+            scale(column, original)
+        levels = _levels(original, steps.repeat_interleave(group, 1), half)
     else:
         levels = compensated(original, gram, rounding)
     values = (levels + half).to(torch.uint8)

@@ -7,7 +7,9 @@
 
 #define LANES 16
 
-/* The nearest float16, as a float: ties to even. Overflow is the caller's to exclude. */
+#define HALF_MAX 65504.0f
+
+/* The nearest float16, as a float: ties to even. Beyond HALF_MAX it is none. */
 INLINE float as_half(float value) {
     float size = fabsf(value), step = 0x1p-24f; /* of subnormals */
     if (size >= 0x1p-14f) {
@@ -54,6 +56,7 @@ CLONES void comoe_scales(const float *weight, const float *importance, int64_t r
         for (int k = 0; k < num; k++)
             for (int sign = 1; sign >= -1; sign -= 2) {
                 float scale = as_half((float)sign * shares[k] * reach);
+                if (fabsf(scale) > HALF_MAX) continue;
                 float cost = missed(weight, importance, group, scale, (float)half);
                 if (cost < least) least = cost, best = scale;
             }

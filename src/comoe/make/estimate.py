@@ -111,12 +111,13 @@ def _built_s(layer: Layer, recipe: Recipe, forms: Sequence[str], seen: int) -> f
         few_s = build_s(few)
     own_s = max((build_s(2 * few) - few_s) / few, few_s / few / 3)
     together_s = max(0.0, few_s - few * own_s)
-    if recipe.texts and _sharing(forms):
+    if recipe.texts and "merged" in forms:
         together_s += (how.distil_steps - short.distil_steps) * _step_s(layer, seen * members)
     return own_s + together_s / members
 
 
 def _build(layer: Layer, forms: Sequence[str], how: Sharing, self_contained: bool) -> None:
+    shutil.rmtree(layer.folder, ignore_errors=True)  # a killed run's
     layer.folder.mkdir()
     build(layer, forms, how, self_contained=self_contained)
     shutil.rmtree(layer.folder)

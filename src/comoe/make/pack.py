@@ -60,6 +60,7 @@ from comoe.store.manifest import (
 )
 from comoe.store.pack import Pack, file_hash, header_hash, source_entry
 from comoe.store.profile import PROFILE, write_profile
+from comoe.store.whole import UNFINISHED, whole
 from comoe.types import CheckpointError, ComoeError, Progress, StorageFull, UsageError
 from comoe.units import format_seconds, format_size
 
@@ -203,7 +204,7 @@ class Packer:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
             self._work.mkdir()
             mark.write_text(print_)
-        for path in self._folder.glob("*.unfinished"):
+        for path in self._folder.rglob(f"*{UNFINISHED}"):
             path.unlink()
 
     def _check_space(self) -> None:
@@ -371,13 +372,8 @@ class Packer:
 
     def _write(self, name: str, data: bytes) -> None:
         """Write a file of the partial folder so that it is whole or not there."""
-        path = self._folder / name
-        unfinished = path.with_suffix(".unfinished")
-        with unfinished.open("wb") as file:
+        with whole(self._folder / name) as file:
             file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
 
 
 @contextmanager

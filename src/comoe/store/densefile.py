@@ -1,12 +1,12 @@
 """Safetensors files, as the dense part of a pack, written tensor by tensor so that they never are in memory whole."""
 
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 from comoe.store.layout import PAGE, align
+from comoe.store.whole import whole
 
 NAME_BYTES = 160
 """Room that the header keeps for a tensor beyond its name: dtype, shape and two offsets."""
@@ -36,8 +36,7 @@ def write_tensors(path: Path, names: Iterable[str], tensors: Iterable[RawTensor]
     data_start = align(8 + 64 + sum(len(json.dumps(name)) + NAME_BYTES for name in names), PAGE)
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
-    unfinished = path.with_suffix(".unfinished")
-    with unfinished.open("wb") as file:
+    with whole(path) as file:
         file.seek(data_start)
         for tensor in tensors:
             assert tensor.name not in header, tensor.name
@@ -49,7 +48,4 @@ def write_tensors(path: Path, names: Iterable[str], tensors: Iterable[RawTensor]
         assert len(encoded) <= data_start - 8 and list(header) == ["__metadata__", *names]
         file.seek(0)
         file.write((data_start - 8).to_bytes(8, "little") + encoded.ljust(data_start - 8))
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
     return end

@@ -86,7 +86,12 @@ class Profile:
 
 
 def write_profile(path: Path, profile: Profile) -> None:
-    """Write `profile` to the file `path`, which is whole or as it was. OSError where that cannot be."""
+    """Write `profile` to the file `path`, which is whole or as it was. OSError where that cannot be; ValueError for
+    what is no count, such as the gates of a model that has lost its way.
+    """
+    for routed in profile.routed.values():
+        if not all(_are_counts(array) for array in routed):
+            raise ValueError("a profile of what is no count")
     arrays: dict[str, npt.NDArray[Any]] = {"experts": np.array(profile.experts, np.int64)}
     for key, routed in sorted(profile.routed.items()):
         arrays |= {_name(key, part): array for part, array in routed._asdict().items()}
@@ -144,6 +149,10 @@ def _read(file: Path, tensor: StoredTensor, dtype: str, length: int) -> npt.NDAr
     if (tensor.dtype, tensor.shape) != (dtype, (length,)):
         raise ValueError(f"{tensor.name} is {tensor.dtype} of {tensor.shape}")
     array = np.fromfile(file, NUMPY[dtype], length, offset=tensor.extent.offset)
-    if not (len(array) == length > 0 and ((array >= 0) & (array <= MOST)).all()):
+    if not (len(array) == length > 0 and _are_counts(array)):
         raise ValueError(f"{tensor.name} holds what is no count")
     return array
+
+
+def _are_counts(array: npt.NDArray[Any]) -> bool:
+    return bool(((array >= 0) & (array <= MOST)).all())
