@@ -2,6 +2,7 @@
 
 import random
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -263,6 +264,15 @@ def test_closing_twice_is_harmless_and_ends_the_threads() -> None:
     cache.close()
     cache.close()
     assert not any(thread.is_alive() for thread in cache._threads)
+
+
+def test_a_closed_cache_holds_no_memory_though_somebody_holds_it() -> None:
+    cache = BlobCache(GatedSource(), 3 * GROUP)
+    held = [weakref.ref(blob.base) for _, blobs in cache.serve([group(0), group(1)]) for blob in blobs]
+    cache.resize(GROUP)  # one group's buffers are kept for reuse, or gone
+    cache.close()
+    assert held and not any(reference() is not None for reference in held)
+    assert cache.capacity == GROUP
 
 
 def test_a_closed_cache_serves_nobody() -> None:

@@ -128,12 +128,14 @@ class BlobCache:
             return replace(self._stats, bytes_read=dict(self._stats.bytes_read), tally=replace(self._residency.tally))
 
     def close(self) -> None:
-        """Stop the I/O threads. May be called twice."""
+        """Stop the I/O threads and let go of all memory, whoever still refers to the cache. May be called twice."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
         for thread in self._threads:
             thread.join()
+        self._buffers.clear()
+        self._arena.clear()
 
     def __enter__(self) -> "BlobCache":
         return self
