@@ -126,9 +126,9 @@ def test_a_ranking_is_a_sorted_list_of_the_last_ranks(changes: list[tuple[int, i
 def test_a_few_victims_of_many_blobs_touch_a_few_places_only(monkeypatch: pytest.MonkeyPatch) -> None:
     order, pops = Ranking(), 0
     for row in range(10_000):
-        order.put(blob(row), row * 7919 % 10_000)
+        order.put(blob(row * 7919 % 10_000), row * 7919 % 10_000)
     for row in range(1000):
-        order.put(blob(row), 10_000 + row)
+        order.put(blob(row), 10_000 + row)  # the first thousand places are outdated
 
     def counted(heap: list[Any]) -> Any:
         nonlocal pops
