@@ -213,8 +213,9 @@ def test_texts_take_turns_and_are_read_token_by_token_after_a_prompt(packed: Pat
 def test_many_tokens_are_as_many_windows_as_hold_them(packed: Path) -> None:
     model = load(packed, expert_memory="100%")
     with model.comoe:
-        trace = record(model, tokenizer_of(packed), [CALIBRATION], 300)
-    assert trace.tokens.tolist() == 2 * [PROMPT_TOKENS - 1, *[1] * 150]
+        trace = record(model, tokenizer_of(packed), [CALIBRATION, "abc" * 30], 500)
+    long, short = [PROMPT_TOKENS - 1, *[1] * 125], [PROMPT_TOKENS - 1, *[1] * 58]
+    assert trace.tokens.tolist() == [*long, *short, *long]
 
 
 def test_an_encoder_is_a_pass_of_its_own(tmp_path: Path) -> None:
