@@ -55,6 +55,13 @@ class TestLFU(PolicyContract):
         order = [scores[row] for row in rows(policy)]
         assert order == pytest.approx(sorted(order), rel=1e-9)
 
+    @pytest.mark.parametrize(("known", "first"), [(3, 0), (100, 1)])
+    def test_the_more_blobs_there_are_the_longer_uses_count(self, known: int, first: int) -> None:
+        policy = self.filled(known)
+        for row in (*[0] * 5, *[2] * 12, 1, 1):
+            policy.touched(blob(row))
+        assert next(row for row in rows(policy) if row in (0, 1)) == first
+
     def test_a_blob_that_comes_back_is_remembered(self) -> None:
         policy = self.filled(2)
         for _ in range(3):

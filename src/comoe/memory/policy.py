@@ -2,14 +2,14 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from math import log2
+from math import inf, log2
 from typing import Protocol
 
 from comoe.memory.ranking import Ranking
 from comoe.types import BlobId
 
-HALF_LIFE = 4096.0
-"""Uses of blobs after which one counts half, where nobody says otherwise."""
+HALF_LIFE_PER_BLOB = 1.5
+"""Uses after which one counts half, for each blob that was ever used: measured, see decisions/013."""
 
 
 class Policy(Protocol):
@@ -54,11 +54,12 @@ class LRU:
 class LFU:
     """Least frequently used first, with ageing: a use counts half after `half_life` further uses of any blob.
 
-    To come in is a use, too. Blobs that left are remembered: there are no more than a pack holds.
+    None: the more blobs were ever used, the more. To come in is a use, too. Blobs that left are remembered: there are
+    no more than a pack holds.
     """
 
-    def __init__(self, half_life: float = HALF_LIFE) -> None:
-        self._half_life, self._uses = half_life, 0
+    def __init__(self, half_life: float | None = None) -> None:
+        self._half_life, self._now = half_life, 0.0
         self._ranks: dict[BlobId, float] = {}
         self._order = Ranking()
 
@@ -75,11 +76,13 @@ class LFU:
         return self._order.ascending()
 
     def _count(self, blob: BlobId) -> None:
-        """All scores decay alike, so their order stays: a rank is the logarithm of what a score is worth at time 0."""
-        self._uses += 1
-        now = self._uses / self._half_life
-        before = self._ranks.get(blob)
-        rank = now if before is None else now + log2(1 + 2 ** (before - now))
+        """All scores decay alike, so their order stays: a rank is the logarithm of what a score is worth at time 0.
+
+        Time is counted in half-lives.
+        """
+        before = self._ranks.setdefault(blob, -inf)
+        self._now += 1 / (self._half_life or HALF_LIFE_PER_BLOB * len(self._ranks))
+        rank = self._now + log2(1 + 2 ** (before - self._now))
         self._ranks[blob] = rank
         self._order.put(blob, rank)
 

@@ -113,7 +113,7 @@ class VirtualCache:
     def serve(self, groups: Sequence[Group]) -> None:
         """Ask for all groups, and use each as it is there: resident ones first, then by arrival."""
         tickets = self._residency.demand_all(groups)
-        self._begin(self.now_s)
+        self._begin()
         while tickets:
             position = first_ready(tickets)
             if position is None:
@@ -122,7 +122,7 @@ class VirtualCache:
             ticket = tickets.pop(position)
             self.advance(self._times.use_s)
             self._residency.release(ticket)
-            self._begin(self.now_s)
+            self._begin()
 
     def advance(self, seconds: float) -> None:
         """Compute for so long; reads that end meanwhile have ended, and the next have begun."""
@@ -131,17 +131,17 @@ class VirtualCache:
             self._end()
         self.now_s = end_s
 
-    def _begin(self, at_s: float) -> None:
-        """Begin what is to be read at `at_s`, if nothing is being read."""
+    def _begin(self) -> None:
+        """Begin what is to be read, if nothing is being read."""
         if self._reading is None and (blob := self._residency.next_load()) is not None:
-            self._reading = blob, at_s + self._times.read_s(self._nbytes(blob))
+            self._reading = blob, self.now_s + self._times.read_s(self._nbytes(blob))
         self._residency.take_evictions()  # no memory is to be freed
 
     def _end(self) -> None:
         """Wait for the read in flight to end; the next begins at once."""
         assert self._reading is not None, "nothing is read that could be waited for"
-        blob, end_s = self._reading
-        self._reading, self.now_s = None, max(self.now_s, end_s)
+        blob, self.now_s = self._reading
+        self._reading = None
         self.bytes_read += self._nbytes(blob)
         self._residency.loaded(blob)
-        self._begin(end_s)
+        self._begin()
