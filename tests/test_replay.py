@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from commands import CALIBRATION
+from commands import CALIBRATION, Comoe, document
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from policies import PolicyContract, blob
@@ -21,7 +21,7 @@ from comoe.memory.policy import LRU, POLICIES, Policy
 from comoe.memory.replay import Cell, Replayed, Times, replay
 from comoe.memory.residency import Group
 from comoe.runtime.generate import tokenizer_of
-from comoe.runtime.load import Loader, Options
+from comoe.runtime.load import Loader, Options, load
 from comoe.store.layout import PAGE
 from comoe.store.pack import Pack
 from comoe.store.trace import Chunk, Trace
@@ -68,7 +68,7 @@ def live(
 
     with monkeypatch.context() as patch:
         patch.setattr(Pack, "read", read)
-        patch.setattr("comoe.memory.cache.LRU", lambda: policy)
+        patch.setattr("comoe.runtime.load.POLICIES", {"lru": lambda: policy})
         model = Loader(Pack(packed), Options(context=256)).streamed(rung, capacity)
         with model.comoe:
             seen = record(model, tokenizer_of(packed), [CALIBRATION, "314159 " * 30], 40)
@@ -242,3 +242,18 @@ def test_nobody_reads_less_than_belady(
     assert reads(belady(trace, group_of, room * PAGE)) == least_reads(wanted, room)
     for make in POLICIES.values():
         assert reads(Cell(room * PAGE, make())) >= least_reads(wanted, room)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_run_takes_the_policy_that_is_named(comoe: Comoe, packed: Path, name: str) -> None:
+    words = ("--expert-memory", "30%", "-p", "the fox", "-n", 3, "--ignore-eos", "--json")
+    told = document(comoe("run", packed, *words, "--policy", name))
+    assert told["text"] == document(comoe("run", packed, *words))["text"]
+    with load(packed, expert_memory="30%", policy=name).comoe as handle:
+        assert type(handle.cache._residency._policy) is POLICIES[name]
+
+
+def test_a_policy_that_nobody_knows_is_refused(comoe: Comoe, packed: Path) -> None:
+    result = comoe("run", packed, "-p", "fox", "--policy", "fifo")
+    assert (result.code, result.out) == (2, "")
+    assert "choose from lru, lfu, gdsf" in result.sentence
