@@ -4,9 +4,9 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from policies import PolicyContract, blob
+from policies import blob
 
-from comoe.memory.policy import LRU, Policy
+from comoe.memory.policy import LRU
 from comoe.memory.residency import Phase, Residency, Ticket
 from comoe.types import BlobId, DoesNotFit
 
@@ -37,16 +37,6 @@ def group(*rows: int) -> tuple[BlobId, ...]:
 
 
 groups = st.lists(st.integers(0, NUM_BLOBS - 1), min_size=1, max_size=3, unique=True).map(lambda rows: group(*rows))
-
-
-class TestLRU(PolicyContract):
-    def make(self) -> Policy:
-        return LRU()
-
-    def test_the_least_recently_used_goes_first(self) -> None:
-        policy = self.filled(3)
-        policy.touched(blob(0))
-        assert list(policy.victims()) == [blob(1), blob(2), blob(0)]
 
 
 class ResidencyMachine(RuleBasedStateMachine):

@@ -12,6 +12,9 @@ TOP_K = 0
 TOP_P = 1.0
 SEED = 0
 
+POLICY = "lru"
+"""Who leaves the cache first."""
+
 FORMS = ("dropped", "lowrank", "q2", "residual", "q3", "q4", "q8")
 """What is tried for a pack beside exact experts; forms that no step of its chain uses are left out again.
 

@@ -36,14 +36,12 @@ def checkpoints(models: Path) -> list[Path]:
     return found
 
 
-def settings(material: Material, *, quick: bool, windows: int, calibration_tokens: int, **others: Any) -> Document:
+def settings(material: Material, *, quick: bool, **others: Any) -> Document:
     """What all rows depend on, beside their model."""
     return {
         "comoe": version("comoe"),
         "quick": quick,
         "domains": list(material.valid),
-        "windows_per_domain": windows,
-        "calibration_tokens": calibration_tokens,
         "threads": torch.get_num_threads(),
         "texts": material.hash,
         **others,

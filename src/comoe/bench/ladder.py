@@ -145,7 +145,9 @@ def run(models: Path, shared: Path, *, quick: bool, out: Path | None, progress: 
         if scope.upcycled:
             folders.append(_upcycled(folders, shared, work, progress))
         contests = [Contest(found, material, scope, work) for found in folders]
-        conditions = settings(material, quick=quick, windows=scope.windows, calibration_tokens=scope.calibration_tokens)
+        conditions = settings(
+            material, quick=quick, windows_per_domain=scope.windows, calibration_tokens=scope.calibration_tokens
+        )
         jobs = [job for contest in contests for job in _jobs(contest, scope, conditions)]
         jobs += [job for contest in contests for job in _ablations(contest, scope, conditions)]
         rows = collect(jobs, RowFile(folder / f"{NAME}.rows.jsonl"), progress)

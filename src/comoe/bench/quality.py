@@ -38,7 +38,7 @@ def run(models: Path, shared: Path, *, quick: bool, out: Path | None, progress: 
         conditions = settings(
             material,
             quick=quick,
-            windows=scope.windows,
+            windows_per_domain=scope.windows,
             calibration_tokens=scope.calibration_tokens,
             decode_tokens_per_domain=scope.decode_tokens,
             context=CONTEXT,

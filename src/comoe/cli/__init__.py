@@ -23,6 +23,7 @@ from comoe.cli.pack import command as pack
 from comoe.cli.plan import command as plan
 from comoe.cli.profile import app as profile
 from comoe.cli.run import command as run
+from comoe.cli.trace import command as trace
 from comoe.cli.verify import command as verify
 from comoe.types import ComoeError
 
@@ -45,6 +46,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "pack": pack,
     "plan": plan,
     "run": run,
+    "trace": trace,
     "inspect": inspect,
     "verify": verify,
     "export": export,

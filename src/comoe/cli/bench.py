@@ -12,6 +12,7 @@ from comoe.cli.terminal import print_json, progress_bar
 from comoe.types import UsageError
 
 BENCHMARKS = {
+    "cache": ("comoe.bench.cache", "comoe.bench.cache_figures"),
     "ladder": ("comoe.bench.ladder", "comoe.bench.ladder_figures"),
     "quality": ("comoe.bench.quality", "comoe.bench.figures"),
 }

@@ -17,6 +17,7 @@ RIVALS: tuple[dict[str, Callable[[Any], bool]], ...] = (
     {"exact": bool, "max_loss": _given},
     {"prompt": _given, "prompt_file": _given},
     {"calib": bool, "calibrate": lambda value: value == "none"},
+    {"prompt": _given, "calib": bool},
 )
 """Parameters that exclude each other, each with the values by which it does: `--no-exact` excludes nothing."""
 

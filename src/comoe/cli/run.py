@@ -27,7 +27,7 @@ from comoe.cli.options import (
 )
 from comoe.cli.profile import alone, check_place, keep
 from comoe.cli.terminal import print_json, say
-from comoe.defaults import CONTEXT, MAX_NEW_TOKENS, SEED, TEMPERATURE, TOP_K, TOP_P
+from comoe.defaults import CONTEXT, MAX_NEW_TOKENS, POLICY, SEED, TEMPERATURE, TOP_K, TOP_P
 from comoe.store.manifest import read_manifest
 from comoe.store.profile import read_profile
 from comoe.types import UsageError
@@ -72,6 +72,9 @@ def command(
         list[str] | None, Option(envvar="COMOE_EDGE", metavar="URL...", help="Edge nodes to read from.")
     ] = None,
     profile: ProfilePath = None,
+    policy: Annotated[
+        str, Option(envvar="COMOE_POLICY", metavar="lru|lfu|gdsf", help="Which experts leave the cache first.")
+    ] = POLICY,
     json: Json = False,
 ) -> None:
     """Generate text inside a budget.
@@ -89,7 +92,8 @@ def command(
     if given is None and json:
         raise UsageError("--json needs a prompt: give --prompt or --prompt-file.")
     known = _existing(profile)
-    session.load(given, context, dtype=dtype, threads=threads, source=source, edges=tuple(edge or ()), profile=known)
+    options = {"dtype": dtype, "threads": threads, "source": source, "profile": known, "policy": policy}
+    session.load(given, context, edges=tuple(edge or ()), **options)
     with session.model.comoe, _profiled(session, profile):
         if given is None:
             session.converse(_asked())

@@ -109,10 +109,15 @@ class Evaluation(ABC):
                 right[row] = choice == items[row].answer
         return right
 
-    @torch.no_grad()
     def steps(self, window: Sequence[int], clock: Callable[[], float]) -> Iterator[tuple[float, float]]:
+        """Nats and milliseconds of each target token of a window: see `forced`."""
+        return self.forced(*self.split(window), clock)
+
+    @torch.no_grad()
+    def forced(
+        self, prompt: Sequence[int], target: Sequence[int], clock: Callable[[], float]
+    ) -> Iterator[tuple[float, float]]:
         """Nats and milliseconds of each target token: one model call each, keys and values kept between."""
-        prompt, target = self.split(window)
         token, state = self.begin(self._tensor([prompt]), 1)
         for wanted in self._tensor([target])[0]:
             start_s = clock()

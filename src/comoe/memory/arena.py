@@ -15,6 +15,11 @@ def page_buffer(nbytes: int) -> memoryview:
     return memoryview(mmap.mmap(-1, align(max(nbytes, 1), PAGE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
 
 
+def held_size(nbytes: int) -> int:
+    """Memory that a blob of `nbytes` takes."""
+    return align(nbytes, PAGE)
+
+
 class Arena:
     """Page-aligned uint8 buffers; those in use and those kept for reuse together never exceed `capacity`.
 
@@ -28,7 +33,7 @@ class Arena:
 
     def take(self, nbytes: int) -> Buffer:
         """A buffer of `nbytes` rounded up to whole pages; its content is undefined."""
-        size = align(nbytes, PAGE)
+        size = held_size(nbytes)
         if self._free.get(size):
             return self._free[size].pop()
         self._drop_free(size)

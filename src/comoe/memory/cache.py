@@ -5,10 +5,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from types import TracebackType
 
-from comoe.memory.arena import Arena, Buffer
+from comoe.memory.arena import Arena, Buffer, held_size
 from comoe.memory.policy import LRU, Policy
-from comoe.memory.residency import Group, Phase, Residency, Tally, Ticket
-from comoe.store.layout import PAGE, align
+from comoe.memory.residency import Group, Phase, Residency, Tally, Ticket, first_ready
 from comoe.store.source import Source
 from comoe.types import BlobId, DoesNotFit
 
@@ -146,7 +145,7 @@ class BlobCache:
         self.close()
 
     def _held_size(self, blob: BlobId) -> int:
-        return align(self._source.nbytes(blob), PAGE)
+        return held_size(self._source.nbytes(blob))
 
     def _bytes(self, blob: BlobId) -> Buffer:
         return self._buffers[blob][: self._source.nbytes(blob)]
@@ -155,17 +154,13 @@ class BlobCache:
         with self._changed:
             if self._closed:
                 raise RuntimeError("the cache is closed")
-            here = [self._residency.resident(group) for group in groups]
-            order = sorted(range(len(groups)), key=lambda position: not here[position])
-            tickets: dict[int, Ticket] = {}
             try:
-                for position in order:
-                    tickets[position] = self._residency.demand(groups[position])
+                tickets = self._residency.demand_all(groups)
             except DoesNotFit:
-                self._release(tickets.values())
+                self._release(())
                 raise
             self._apply_evictions()
-            if not all(here):
+            if any(ticket.phase is not Phase.READY for ticket in tickets.values()):
                 self._changed.notify_all()
             return tickets
 
@@ -173,9 +168,9 @@ class BlobCache:
         """The first ticket that is whole or broken; waits for one."""
         with self._changed:
             while not self._closed:
-                for position, ticket in tickets.items():
-                    if ticket.phase in (Phase.READY, Phase.FAILED):
-                        return position, ticket
+                position = first_ready(tickets)
+                if position is not None:
+                    return position, tickets[position]
                 self._changed.wait()
             raise RuntimeError("the cache is closed")
 

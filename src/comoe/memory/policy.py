@@ -1,10 +1,15 @@
 """Who leaves first: a policy is only bookkeeping. Bytes, pins and reads are `memory.residency`'s."""
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from math import inf, log2
 from typing import Protocol
 
+from comoe.memory.ranking import Ranking
 from comoe.types import BlobId
+
+HALF_LIFE_PER_BLOB = 1.5
+"""Uses after which one counts half, for each blob that was ever used: measured, see decisions/013."""
 
 
 class Policy(Protocol):
@@ -44,3 +49,80 @@ class LRU:
 
     def victims(self) -> Iterator[BlobId]:
         return iter(self._order)
+
+
+class LFU:
+    """Least frequently used first, with ageing: a use counts half after `half_life` further uses of any blob.
+
+    None: the more blobs were ever used, the more. To come in is a use, too. Blobs that left are remembered: there are
+    no more than a pack holds.
+    """
+
+    def __init__(self, half_life: float | None = None) -> None:
+        self._half_life, self._now = half_life, 0.0
+        self._ranks: dict[BlobId, float] = {}
+        self._order = Ranking()
+
+    def inserted(self, blob: BlobId, nbytes: int) -> None:
+        self._count(blob)
+
+    def touched(self, blob: BlobId) -> None:
+        self._count(blob)
+
+    def removed(self, blob: BlobId) -> None:
+        self._order.remove(blob)
+
+    def victims(self) -> Iterator[BlobId]:
+        return self._order.ascending()
+
+    def _count(self, blob: BlobId) -> None:
+        """All scores decay alike, so their order stays: a rank is the logarithm of what a score is worth at time 0.
+
+        Time is counted in half-lives.
+        """
+        before = self._ranks.setdefault(blob, -inf)
+        self._now += 1 / (self._half_life or HALF_LIFE_PER_BLOB * len(self._ranks))
+        rank = self._now + log2(1 + 2 ** (before - self._now))
+        self._ranks[blob] = rank
+        self._order.put(blob, rank)
+
+
+def read_seconds(latency_s: float, bps: float) -> Callable[[int], float]:
+    """Seconds to read so many bytes from a tier."""
+    return lambda nbytes: latency_s + nbytes / bps
+
+
+FLASH = read_seconds(1e-4, 1e9)
+"""Of a middling drive, where nobody measured: only how cost grows with size matters."""
+
+
+class GDSF:
+    """GreedyDual-Size-Frequency (Cherkasova, 1998): least first of uses x cost / size, above what left last.
+
+    `cost` is seconds to read so many bytes. Uses are those since the blob came in.
+    """
+
+    def __init__(self, cost: Callable[[int], float] = FLASH) -> None:
+        self._cost, self._age = cost, 0.0
+        self._worth: dict[BlobId, float] = {}
+        self._uses: dict[BlobId, int] = {}
+        self._order = Ranking()
+
+    def inserted(self, blob: BlobId, nbytes: int) -> None:
+        self._worth[blob], self._uses[blob] = self._cost(nbytes) / max(nbytes, 1), 0
+        self.touched(blob)
+
+    def touched(self, blob: BlobId) -> None:
+        self._uses[blob] += 1
+        self._order.put(blob, self._age + self._uses[blob] * self._worth[blob])
+
+    def removed(self, blob: BlobId) -> None:
+        self._age = max(self._age, self._order.remove(blob))
+        del self._worth[blob], self._uses[blob]
+
+    def victims(self) -> Iterator[BlobId]:
+        return self._order.ascending()
+
+
+POLICIES: Mapping[str, Callable[[], Policy]] = {"lru": LRU, "lfu": LFU, "gdsf": GDSF}
+"""By the name that a setting has."""

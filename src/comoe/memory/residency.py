@@ -5,7 +5,7 @@ buffers: the runtime's cache and the simulator drive the same code.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from itertools import count
@@ -55,6 +55,11 @@ class Tally:
     prefetch_wasted: int = 0
     prefetch_failed: int = 0
     evicted: int = 0
+
+
+def first_ready(tickets: Mapping[int, Ticket]) -> int | None:
+    """The position of the first ticket that is whole or broken, in the order in which they were demanded."""
+    return next((at for at, ticket in tickets.items() if ticket.phase in (Phase.READY, Phase.FAILED)), None)
 
 
 class Residency:
@@ -109,6 +114,22 @@ class Residency:
         self._queue.append(ticket)
         self._admit()
         return ticket
+
+    def demand_all(self, groups: Sequence[Group]) -> dict[int, Ticket]:
+        """Ask for every group, resident ones first, so that none leaves for the others; tickets by position.
+
+        Serve them by `first_ready`. Raises DoesNotFit, and asks for none, where one could never be admitted.
+        """
+        order = sorted(range(len(groups)), key=lambda position: not self.resident(groups[position]))
+        tickets: dict[int, Ticket] = {}
+        try:
+            for position in order:
+                tickets[position] = self.demand(groups[position])
+        except DoesNotFit:
+            for ticket in tickets.values():
+                self.release(ticket)
+            raise
+        return tickets
 
     def release(self, ticket: Ticket) -> None:
         """The consumer has done with `ticket`, or wants it no more."""

@@ -1,5 +1,7 @@
 """`model.comoe`: what a program may ask of, and tell, a model that comoe serves while it runs."""
 
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -9,7 +11,7 @@ from comoe.device import process
 from comoe.memory.cache import BlobCache
 from comoe.plan.ledger import Ledger
 from comoe.plan.planner import Plan
-from comoe.runtime.layer import Counts, Serving
+from comoe.runtime.layer import Counts, Serving, Use
 from comoe.store.pack import Pack
 from comoe.store.profile import PHASES, Profile, Routed
 from comoe.types import DoesNotFit, UsageError
@@ -75,6 +77,15 @@ class Comoe:
                 uses, gates = ([getattr(layer, name) for layer in seen] for name in ("uses", "gates"))
                 routed[SESSION, phase] = Routed(tokens, np.concatenate(uses), np.concatenate(gates))
         return Profile(tuple(layer.num_experts for layer in self._pack.manifest.layers), routed)
+
+    @contextmanager
+    def heeded(self, heed: Callable[[int, int, Sequence[Use]], None]) -> Iterator[None]:
+        """While it lasts, `heed` is told what every chunk uses: see `Serving`."""
+        self._serving.heed = heed
+        try:
+            yield
+        finally:
+            self._serving.heed = None
 
     def resize(self, nbytes: int) -> None:
         """Change the budget to `nbytes`, of the process or of the experts, whichever `load` was given.

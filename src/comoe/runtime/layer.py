@@ -4,7 +4,7 @@ The state of a running model that its layers share is here too. Residency is `me
 `runtime.experts`'s, prices `plan.ledger`'s.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import NamedTuple
@@ -67,7 +67,10 @@ class Seen:
 
 @dataclass(slots=True)
 class Serving:
-    """What the layers of a running model share. `before_read` is called before a chunk asks for its experts."""
+    """What the layers of a running model share. `before_read` is called before a chunk asks for its experts.
+
+    `heed` is told what every chunk uses: its layer, its number of tokens, and its experts, ascending.
+    """
 
     manifest: Manifest
     cache: BlobCache
@@ -75,6 +78,7 @@ class Serving:
     ledger: Ledger
     counts: Counts = field(default_factory=Counts)
     before_read: Callable[[], None] | None = None
+    heed: Callable[[int, int, Sequence[Use]], None] | None = None
     rungs: dict[str, list[list[Way]]] = field(default_factory=dict)
     seen: list[tuple[Seen, Seen]] = field(init=False)
     """By layer: of prefill, and of decoding."""
@@ -119,6 +123,8 @@ class ServedLayer:
         if self.serving.before_read is not None:
             self.serving.before_read()
         uses = list(self._uses(index, weight))
+        if self.serving.heed is not None:
+            self.serving.heed(self._index, len(x), uses)
         ways = [self._choose(use, decode=decode) for use in uses]
         out = torch.zeros_like(x)
         waiting: dict[int, Tensor] = {}

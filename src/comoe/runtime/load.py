@@ -7,11 +7,12 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from comoe.defaults import CONTEXT
+from comoe.defaults import CONTEXT, POLICY
 from comoe.device import process
 from comoe.device.costs import measured_costs
 from comoe.device.memory import check_possible, default_memory
 from comoe.memory.cache import BlobCache
+from comoe.memory.policy import POLICIES
 from comoe.plan.cost import Costs
 from comoe.plan.footprint import FIRST_USE_FILE_BYTES, Workload, advised, beside_experts, dtype_of, unseen_bytes
 from comoe.plan.ladder import Band, ladder_of
@@ -37,7 +38,8 @@ class Options:
     """How to serve a pack, beyond its budget.
 
     `max_loss` is a fraction; `context` the longest prompt and answer together, in tokens; `dtype` the compute dtype,
-    by default the checkpoint's; `profile` tells how the text to come uses experts, by default as the pack's own did.
+    by default the checkpoint's; `profile` tells how the text to come uses experts, by default as the pack's own did;
+    `policy` says which experts leave the cache first.
     """
 
     max_loss: float = 0.0
@@ -45,12 +47,15 @@ class Options:
     dtype: str | None = None
     threads: int | None = None
     profile: Profile | None = None
+    policy: str = POLICY
 
     def __post_init__(self) -> None:
         if not 0 <= self.max_loss < float("inf"):
             raise UsageError(f"a loss of {self.max_loss} is no bound: give a fraction such as 0.02, or 0 for exact.")
         if self.context < 1 or (self.threads is not None and self.threads < 1):
             raise UsageError("context and threads must be at least 1.")
+        if self.policy not in POLICIES:
+            raise UsageError(f"there is no policy {self.policy!r}: choose from {', '.join(POLICIES)}.")
 
 
 def load(
@@ -65,13 +70,15 @@ def load(
     threads: int | None = None,
     source: str | Path | None = None,
     profile: str | Path | None = None,
+    policy: str = POLICY,
 ) -> Any:
     """A transformers model whose experts are streamed from `pack` within a budget; `model.comoe` is its handle.
 
     `memory` bounds the whole process ("4GiB" or bytes), `expert_memory` the experts only (also "30%" of their bf16
     bytes); without either, four fifths of what is free. `max_loss` bounds the predicted relative increase of nats per
     token (0.02 or "2%"); 0 is exact. `source` is where the checkpoint went, if the pack refers to one that moved.
-    `profile` is the file of a profile: the plan is for text that uses experts like that.
+    `profile` is the file of a profile: the plan is for text that uses experts like that. `policy` says which experts
+    leave the cache first: lru, lfu or gdsf.
 
     Raises DoesNotFit, before anything large is loaded, with the smallest budget that would do; PackError for a pack
     that cannot be used; UsageError for a budget or a profile that cannot be read.
@@ -84,7 +91,7 @@ def load(
     opened = Pack(Path(pack), source=moved_to)
     refuse_idle_source(moved_to, opened.folder, opened.manifest)
     known = read_profile(Path(profile)) if profile else None
-    loader = Loader(opened, Options(parse_share(max_loss), context, dtype, threads, known))
+    loader = Loader(opened, Options(parse_share(max_loss), context, dtype, threads, known, policy))
     if expert_memory is not None:
         return loader.within_experts(parse_budget(expert_memory, loader.pack.manifest.expert_bytes_bf16))
     return loader.within_process(parse_size(memory) if memory is not None else default_memory())
@@ -164,6 +171,10 @@ class Loader:
             for layer, (_, module) in enumerate(experts_modules(model))
         ]
 
+    def _cache(self, capacity: int, largest_group: int) -> BlobCache:
+        policy = POLICIES[self.options.policy]()
+        return BlobCache(self.pack, capacity, largest_group=largest_group, policy=policy)
+
     def _serve(
         self, model: Any, plan: Plan, capacity: int, promise: Promise | None = None, earlier_peak: int = 0
     ) -> Any:
@@ -171,7 +182,7 @@ class Loader:
         floor = self.ladder.rung(plan.floor) if plan.floor else None
         largest = self.ladder.rung(plan.target).group_beside(floor)
         with ExitStack() as on_failure:
-            cache = on_failure.enter_context(BlobCache(self.pack, capacity, largest_group=largest))
+            cache = on_failure.enter_context(self._cache(capacity, largest))
             ledger = Ledger(self.ladder.prices(plan.target, plan.floor), self.options.max_loss)
             serving = Serving(manifest, cache, plan, ledger)
             if plan.floor is not None:

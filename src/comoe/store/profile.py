@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from comoe.store.densefile import RawTensor, write_tensors
+from comoe.store.numbers import read_numbers, write_numbers
 from comoe.store.tensorfiles import StoredTensor, read_file_header
 from comoe.types import ComoeError, UsageError
 
@@ -22,9 +22,6 @@ PROFILE = "profile.safetensors"
 PREFILL, DECODE = "prefill", "decode"
 PHASES = (PREFILL, DECODE)
 """More than one token at once, as in a prompt and in an encoder; and one after the other."""
-
-MOST = 1 << 48
-"""No count is larger: a sum of thousands of such profiles still is a number of 64 bits."""
 
 Counts = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -40,9 +37,6 @@ class Routed(NamedTuple):
     tokens: Counts
     uses: Counts
     gates: Floats
-
-
-NUMPY = {"I64": "<i8", "F64": "<f8"}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -89,13 +83,10 @@ def write_profile(path: Path, profile: Profile) -> None:
     """Write `profile` to the file `path`, which is whole or as it was. OSError where that cannot be; ValueError for
     what is no count, such as the gates of a model that has lost its way.
     """
-    for routed in profile.routed.values():
-        if not all(_are_counts(array) for array in routed):
-            raise ValueError("a profile of what is no count")
     arrays: dict[str, npt.NDArray[Any]] = {"experts": np.array(profile.experts, np.int64)}
     for key, routed in sorted(profile.routed.items()):
         arrays |= {_name(key, part): array for part, array in routed._asdict().items()}
-    write_tensors(path, arrays, (_raw(name, array) for name, array in arrays.items()))
+    write_numbers(path, arrays)
 
 
 def read_profile(path: Path) -> Profile:
@@ -107,11 +98,6 @@ def read_profile(path: Path) -> Profile:
     except (ComoeError, OSError, ValueError, KeyError) as error:
         raise UsageError(f"{path} holds no profile, or a damaged one: leave it out or make it again.") from error
     raise UsageError(f"there is no profile {file}: `comoe pack` and `comoe run --profile` make one.")
-
-
-def _raw(name: str, array: npt.NDArray[Any]) -> RawTensor:
-    dtype = "F64" if array.dtype.kind == "f" else "I64"
-    return RawTensor(name, dtype, array.shape, array.astype(NUMPY[dtype]).tobytes())
 
 
 def _name(key: tuple[str, str], part: str) -> str:
@@ -126,8 +112,7 @@ def _key(name: str) -> tuple[str, str]:
 
 def _parse(file: Path, tensors: dict[str, StoredTensor]) -> Profile:
     """The profile of a file's tensors; KeyError or ValueError for those of anything else."""
-    stored = tensors.pop("experts")
-    experts = tuple(_read(file, stored, "I64", stored.extent.length // 8).tolist())
+    experts = tuple(read_numbers(file, tensors.pop("experts"), "I64").tolist())
     keys = {_key(name): None for name in tensors}
     names = {_name(key, part) for key in keys for part in Routed._fields}
     if not all(experts) or tensors.keys() != names or not {phase for _, phase in keys} <= {*PHASES}:
@@ -135,24 +120,10 @@ def _parse(file: Path, tensors: dict[str, StoredTensor]) -> Profile:
     layers, all_experts = len(experts), sum(experts)
     routed = {
         key: Routed(
-            tokens=_read(file, tensors[_name(key, "tokens")], "I64", layers),
-            uses=_read(file, tensors[_name(key, "uses")], "I64", all_experts),
-            gates=_read(file, tensors[_name(key, "gates")], "F64", all_experts),
+            tokens=read_numbers(file, tensors[_name(key, "tokens")], "I64", layers),
+            uses=read_numbers(file, tensors[_name(key, "uses")], "I64", all_experts),
+            gates=read_numbers(file, tensors[_name(key, "gates")], "F64", all_experts),
         )
         for key in keys
     }
     return Profile(experts, routed)
-
-
-def _read(file: Path, tensor: StoredTensor, dtype: str, length: int) -> npt.NDArray[Any]:
-    """The numbers of a tensor. ValueError where they are not so many, of another dtype, or no counts."""
-    if (tensor.dtype, tensor.shape) != (dtype, (length,)):
-        raise ValueError(f"{tensor.name} is {tensor.dtype} of {tensor.shape}")
-    array = np.fromfile(file, NUMPY[dtype], length, offset=tensor.extent.offset)
-    if not (len(array) == length > 0 and _are_counts(array)):
-        raise ValueError(f"{tensor.name} holds what is no count")
-    return array
-
-
-def _are_counts(array: npt.NDArray[Any]) -> bool:
-    return bool(((array >= 0) & (array <= MOST)).all())

@@ -1,0 +1,147 @@
+"""A trace replayed against a cache of any size and policy: the live cache's residency and policy on a virtual clock.
+
+No model, no threads, no reads: what `memory.cache` does with them is done here one event after the other.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from comoe.memory.arena import held_size
+from comoe.memory.policy import Policy
+from comoe.memory.residency import Group, Residency, first_ready
+from comoe.store.trace import Trace
+from comoe.types import BlobId, ExpertId
+
+GroupOf = Callable[[ExpertId], Group]
+"""Which blobs an expert needs, in the form that is replayed."""
+
+
+class Times(NamedTuple):
+    """Seconds of a device: to read so many bytes, one read at a time; to use an expert; of a token outside experts."""
+
+    read_s: Callable[[int], float] = lambda nbytes: 0.0
+    use_s: float = 0.0
+    token_s: float = 0.0
+
+
+class Cell(NamedTuple):
+    """What is replayed against a trace: `capacity` bytes of memory, and how blobs leave it.
+
+    `before_chunk` is told the number of every chunk before it asks for anything: for a policy that knows the trace.
+    """
+
+    capacity: int
+    policy: Policy
+    before_chunk: Callable[[int], None] = lambda chunk: None
+
+
+@dataclass(frozen=True, slots=True)
+class Replayed:
+    """What each of P passes took, all (P,): virtual milliseconds, uses of experts and hits among them.
+
+    Of bytes: those of all uses, those of them that were resident when asked for, and those that were read.
+    """
+
+    ms: npt.NDArray[np.float64]
+    uses: npt.NDArray[np.int64]
+    hits: npt.NDArray[np.int64]
+    bytes_used: npt.NDArray[np.int64]
+    bytes_hit: npt.NDArray[np.int64]
+    bytes_read: npt.NDArray[np.int64]
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of all uses."""
+        return float(self.hits.sum() / max(self.uses.sum(), 1))
+
+    @property
+    def byte_hit_rate(self) -> float:
+        """Share of the bytes of all uses."""
+        return float(self.bytes_hit.sum() / max(self.bytes_used.sum(), 1))
+
+
+def replay(
+    trace: Trace, cell: Cell, group_of: GroupOf, nbytes: Callable[[BlobId], int], times: Times | None = None
+) -> Replayed:
+    """What `trace` would have taken; `nbytes` is a blob's size. Raises DoesNotFit where memory holds no group."""
+    times, nbytes = times or Times(), cache(nbytes)
+    virtual = VirtualCache(cell, nbytes, times)
+    totals = np.zeros((len(trace.tokens), 6))
+    pauses_s = trace.tokens * times.token_s / np.maximum(np.diff(trace.chunks), 1)
+    for at, (in_pass, groups) in enumerate(grouped(trace, group_of)):
+        start_s, read = virtual.now_s, virtual.bytes_read
+        cell.before_chunk(at)
+        virtual.advance(pauses_s[in_pass])
+        hits = [virtual.resident(group) for group in groups]
+        used = [blob for group in groups for blob in group]
+        hit_bytes = sum(nbytes(blob) for blob in used if virtual.resident([blob]))
+        virtual.serve(groups)
+        ms, bytes_read = 1e3 * (virtual.now_s - start_s), virtual.bytes_read - read
+        totals[in_pass] += (ms, len(groups), sum(hits), sum(map(nbytes, used)), hit_bytes, bytes_read)
+    return Replayed(totals[:, 0], *totals[:, 1:].T.astype(np.int64))
+
+
+def grouped(trace: Trace, group_of: GroupOf) -> Iterator[tuple[int, list[Group]]]:
+    """Of every chunk its pass, and what its experts need."""
+    groups = [[group_of(ExpertId(layer, expert)) for expert in range(size)] for layer, size in enumerate(trace.experts)]
+    for chunk in trace:
+        yield chunk.in_pass, [groups[chunk.layer][expert] for expert in chunk.experts]
+
+
+class VirtualCache:
+    """What `memory.cache.BlobCache` is to a thread that computes, with a clock instead of a thread that reads.
+
+    One read is in flight; it goes on while experts compute.
+    """
+
+    def __init__(self, cell: Cell, nbytes: Callable[[BlobId], int], times: Times) -> None:
+        self._nbytes, self._times = nbytes, times
+        self._residency = Residency(cell.capacity, lambda blob: held_size(nbytes(blob)), cell.policy)
+        self._reading: tuple[BlobId, float] | None = None
+        self.now_s = 0.0
+        self.bytes_read = 0
+
+    def resident(self, group: Sequence[BlobId]) -> bool:
+        """Whether every blob of `group` is in memory now."""
+        return self._residency.resident(group)
+
+    def serve(self, groups: Sequence[Group]) -> None:
+        """Ask for all groups, and use each as it is there: resident ones first, then by arrival."""
+        tickets = self._residency.demand_all(groups)
+        self._begin()
+        while tickets:
+            position = first_ready(tickets)
+            if position is None:
+                self._end()
+                continue
+            ticket = tickets.pop(position)
+            self.advance(self._times.use_s)
+            self._residency.release(ticket)
+            self._begin()
+
+    def advance(self, seconds: float) -> None:
+        """Compute for so long; reads that end meanwhile have ended, and the next have begun."""
+        end_s = self.now_s + seconds
+        while self._reading is not None and self._reading[1] <= end_s:
+            self._end()
+        self.now_s = end_s
+
+    def _begin(self) -> None:
+        """Begin what is to be read, if nothing is being read."""
+        if self._reading is None and (blob := self._residency.next_load()) is not None:
+            self._reading = blob, self.now_s + self._times.read_s(self._nbytes(blob))
+        self._residency.take_evictions()  # no memory is to be freed
+
+    def _end(self) -> None:
+        """Wait for the read in flight to end; the next begins at once."""
+        assert self._reading is not None, "nothing is read that could be waited for"
+        blob, self.now_s = self._reading
+        self._reading = None
+        self.bytes_read += self._nbytes(blob)
+        self._residency.loaded(blob)
+        self._begin()
