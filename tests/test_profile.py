@@ -18,6 +18,7 @@ from models import save_random
 from packs import edit, refused
 from safetensors.numpy import load_file, save_file
 
+from comoe.cli.profile import keep
 from comoe.make.calibrate import Text, cut, fitted
 from comoe.make.pack import pack
 from comoe.make.protocol import DecoderEvaluation
@@ -504,3 +505,13 @@ def test_the_settings_file_holds_for_the_commands_of_a_group(comoe: Comoe) -> No
         assert json.loads(comoe("profile", "show", "p").out)["experts"] == list(EXPERTS)
     Path("comoe.toml").write_text("[profile]\njso = true")
     assert "did you mean 'json'?" in comoe("profile", "show", "p").sentence
+
+
+def test_counts_that_are_no_numbers_are_not_kept_and_the_file_stays(tmp_path: Path) -> None:
+    good = Profile((2,), {("session", DECODE): Routed(np.array([3]), np.array([1, 2]), np.array([0.5, 1.0]))})
+    lost = Profile((2,), {("session", DECODE): Routed(np.array([3]), np.array([1, 2]), np.array([0.5, np.nan]))})
+    keep(tmp_path / "s.profile", good)
+    before = (tmp_path / "s.profile").read_bytes()
+    with pytest.raises(UsageError, match="stays as it was"):
+        keep(tmp_path / "s.profile", good + lost)
+    assert (tmp_path / "s.profile").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
