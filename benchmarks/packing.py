@@ -80,7 +80,8 @@ def _row(code: int, out: str, err: str, oom_kills: int) -> Row:
         raise SystemExit(f"packing ended with {code}: {err}")
     report = json.loads(out)
     over = report["seconds"] / report["estimated_seconds"]
-    said = re.findall(r"^Packing .*$", err, re.MULTILINE)
+    said = re.findall(r"^Packing .* ((?:takes|goes on).*)$", err, re.MULTILINE)
+    del report["pack"]  # a folder of this machine
     return {**report, "oom_kills": oom_kills, "seconds_over_estimate": over, "said_first": said[:1]}
 
 
