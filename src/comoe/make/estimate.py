@@ -78,14 +78,15 @@ def seconds_to_pack(
         seen = len(fitted(left.text)) * length * _uses_of_one(layer)
         seconds += left.num_experts * _built_s(layer, recipe, forms, max(1, round(seen)))
     if left.text:
-        recorded_s, judged_s = _pass_s(layer, length * BATCH, read_s)
+        sizes = [share for share in SHARES if share >= _least_share(layer.site, forms)]
+        recorded_s, judged_s = _pass_s(layer, length * BATCH, read_s, sizes)
         judged = held_out(left.text).values()
         if not left.recorded:
             together = [len(fitted({domain: windows})) for domain, windows in left.text.items()]
             together.append(sum(map(len, judged)))
             seconds += sum(-(-number // BATCH) for number in together) * recorded_s
-        if recipe.certified and sum(map(len, judged)) >= MIN_HELD_OUT:
-            steps = len(SHARES) + 2 * (len(PROBED) + 1) * _sharing(forms)
+        if sizes and recipe.certified and sum(map(len, judged)) >= MIN_HELD_OUT:
+            steps = len(sizes) + 1 + 2 * (len(PROBED) + 1) * _sharing(forms)
             seconds += steps * sum(-(-len(windows) // BATCH) for windows in judged) * judged_s
     return seconds
 
@@ -131,8 +132,8 @@ def _step_s(layer: Layer, num_tokens: int) -> float:
     return _timed(lambda: train(floats, partial(expert_forward, layer.module), lessons, TRAINED)) / TRAINED
 
 
-def _pass_s(layer: Layer, num_tokens: int, read_s: float) -> tuple[float, float]:
-    """Seconds of a pass of `num_tokens` through the checkpoint, and through a step of its chain."""
+def _pass_s(layer: Layer, num_tokens: int, read_s: float, sizes: Sequence[float]) -> tuple[float, float]:
+    """Seconds of a pass of `num_tokens` through the checkpoint, and through one of its chain's steps of `sizes`."""
     checkpoint, site, expert = layer.checkpoint, layer.site, layer.site.expert_bytes_bf16
     tensors = checkpoint.expert(layer.index, 0)
     many = torch.randn(BATCH_TOKENS, _width(site))
@@ -146,7 +147,7 @@ def _pass_s(layer: Layer, num_tokens: int, read_s: float) -> tuple[float, float]
     blobs = arrays([layer.study(0).blob("high", quantise)])
     coarse_s = _timed(lambda: SiteMath(layer.module, site, torch.float32).run("q4", blobs, x))
     whole = sum(found.num_experts * found.expert_bytes_bf16 for found in checkpoint.sites)
-    streamed = sum(share * whole for share in SHARES if share * whole > CACHE_BYTES) / len(SHARES)
+    streamed = sum(share * whole for share in sizes if share * whole > CACHE_BYTES) / max(len(sizes), 1)
     return dense_s + used * (read_s + run_s), dense_s + used * coarse_s + streamed * read_s / expert
 
 
@@ -154,6 +155,12 @@ def _noise(layer: Layer, num_experts: int, num_tokens: int) -> LayerInputs:
     """Inputs of which each of the first `num_experts` experts saw `num_tokens`."""
     x = torch.randn(num_experts * num_tokens, _width(layer.site), generator=torch.Generator().manual_seed(0))
     return LayerInputs(x, torch.arange(len(x))[:, None] % num_experts, torch.ones(len(x), 1))
+
+
+def _least_share(site: Site, forms: Sequence[str]) -> float:
+    """Of an expert's bytes as bf16, what the smallest form takes: there is no step below."""
+    own = [[part for part in FORM_PARTS[form] if part not in SHARED_PARTS] for form in forms]
+    return min(sum(layout(site, part).nbytes for part in parts) for parts in own) / site.expert_bytes_bf16
 
 
 def _sharing(forms: Sequence[str]) -> bool:
