@@ -76,7 +76,8 @@ def seconds_to_pack(
     length = _site_tokens(checkpoint)
     if left.num_experts:
         seen = len(fitted(left.text)) * length * _uses_of_one(layer)
-        seconds += left.num_experts * _built_s(layer, recipe, forms, max(1, round(seen)))
+        built_s = _built_s(layer, recipe, forms, max(1, round(seen)))
+        seconds += left.num_experts * (read_s + built_s)  # those that are timed are read from memory
     if left.text:
         sizes = [share for share in SHARES if share >= _least_share(layer.site, forms)]
         recorded_s, judged_s = _pass_s(layer, length * BATCH, read_s, sizes)
