@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import save_random
 from packs import edit, refused
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
+from tampering import bytes_of, tensors_of
 
 from comoe.cli.profile import keep
 from comoe.make.calibrate import Text, cut, fitted
@@ -144,19 +145,6 @@ USES = f"{PREFILL}/code/uses"
 def test_a_pack_may_be_given_for_its_profile(tmp_path: Path) -> None:
     write_profile(tmp_path / PROFILE, SEEN)
     assert same(read_profile(tmp_path), SEEN)
-
-
-def bytes_of(change: Callable[[bytes], bytes]) -> Callable[[Path], object]:
-    return lambda path: path.write_bytes(change(path.read_bytes()))
-
-
-def tensors_of(change: Callable[[dict[str, np.ndarray]], object]) -> Callable[[Path], object]:
-    def rewritten(path: Path) -> None:
-        found = dict(load_file(path))
-        change(found)
-        save_file(found, path)
-
-    return rewritten
 
 
 def put(name: str, value: Any) -> Callable[[Path], object]:

@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import save_random
 from packs import refused
-from safetensors.numpy import load_file, save_file
+from tampering import bytes_of, tensors_of
 
+from comoe.cli.profile import writing
 from comoe.make.pack import pack
 from comoe.make.recipe import Recipe
 from comoe.make.trace import PROMPT_TOKENS, record
@@ -79,19 +80,6 @@ SEEN = trace_of(
         [Chunk(0, 0, [1], [1], [1.0])],
     ]
 )
-
-
-def bytes_of(change: Callable[[bytes], bytes]) -> Callable[[Path], object]:
-    return lambda path: path.write_bytes(change(path.read_bytes()))
-
-
-def tensors_of(change: Callable[[dict[str, np.ndarray]], object]) -> Callable[[Path], object]:
-    def rewritten(path: Path) -> None:
-        found = dict(load_file(path))
-        change(found)
-        save_file(found, path)
-
-    return rewritten
 
 
 def put(name: str, values: list[float]) -> Callable[[Path], object]:
@@ -267,3 +255,10 @@ def test_a_trace_is_refused_before_anything_is_loaded(
         assert (result.code, result.out) == (2, ""), words
         assert said in result.sentence
     assert {path.name for path in Path().iterdir()} == {"there", "latin"}
+
+
+def test_a_trace_whose_gates_are_no_numbers_is_refused_and_not_written(tmp_path: Path) -> None:
+    lost = trace_of([[Chunk(0, 0, [1], [1], [float("nan")])]])
+    with pytest.raises(UsageError, match="no numbers"), writing(tmp_path / "lost.trace"):
+        write_trace(tmp_path / "lost.trace", lost)
+    assert not list(tmp_path.iterdir())

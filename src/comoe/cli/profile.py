@@ -65,12 +65,17 @@ def merge(
 
     The sum is what one profile of all their text would be. Shows it.
     """
-    check_place(output)
-    if output.exists():
-        raise UsageError(f"{output} exists: choose another name or remove it first.")
+    check_new(output)
     merged = reduce(add, map(read_profile, profiles))
     keep(output, merged)
     _show(output, merged, json)
+
+
+def check_new(path: Path) -> None:
+    """Raise UsageError where a file cannot be made anew."""
+    check_place(path)
+    if path.exists():
+        raise UsageError(f"{path} exists: choose another name or remove it first.")
 
 
 def check_place(path: Path) -> None:
@@ -100,8 +105,15 @@ def alone(path: Path) -> Iterator[None]:
 
 def keep(path: Path, profile: Profile) -> None:
     """Write the file of a profile. Raises UsageError."""
-    try:
+    with writing(path):
         write_profile(path, profile)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What hinders the writing of numbers to a file, as a UsageError."""
+    try:
+        yield
     except ValueError as error:
         raise UsageError(f"{path} stays as it was: this run's gates are no numbers.") from error
     except OSError as error:

@@ -6,7 +6,7 @@ from typing import Annotated
 from typer import Option
 
 from comoe.cli.options import Dtype, ExpertMemory, Json, Memory, PackPath, Source, Threads, wish
-from comoe.cli.profile import check_place
+from comoe.cli.profile import check_new, writing
 from comoe.cli.terminal import print_json, progress_bar
 from comoe.store.manifest import read_manifest
 from comoe.store.trace import Trace, write_trace
@@ -44,9 +44,7 @@ def command(
     from comoe.runtime.load import load
 
     texts = _texts(prompt, calib)
-    check_place(output)
-    if output.exists():
-        raise UsageError(f"{output} exists: choose another name or remove it first.")
+    check_new(output)
     budget = wish(memory, expert_memory, None, True)
     quiet_transformers()
     read_manifest(pack)  # says what is wrong with the folder before a tokenizer does
@@ -57,10 +55,8 @@ def command(
         )
         with model.comoe:
             trace = record(model, tokenizer, texts, tokens, progress)
-    try:
+    with writing(output):
         write_trace(output, trace)
-    except OSError as error:
-        raise UsageError(f"{output} cannot be written: {error.strerror}.") from error
     _show(output, trace, json)
 
 
