@@ -2,10 +2,12 @@
 
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import partial
 from math import exp
 from pathlib import Path
+from statistics import median
 from time import perf_counter
 from typing import Any
 
@@ -25,6 +27,7 @@ from comoe.runtime.experts import SiteMath
 from comoe.runtime.hook import expert_forward
 from comoe.runtime.skeleton import strip
 from comoe.store.checkpoint import Checkpoint, skeleton_of
+from comoe.store.directfile import DirectFile
 from comoe.store.families import experts_modules
 from comoe.store.layout import layout
 from comoe.store.manifest import FORM_PARTS, SHARED_PARTS
@@ -35,6 +38,9 @@ LONG_S = 0.5
 
 TRAINED = 2
 """Steps of distillation that are timed."""
+
+READS = 5
+"""Experts that are read to tell how long one takes: a single first read may take several times that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +77,7 @@ def seconds_to_pack(
     sites = checkpoint.sites
     at = max(range(len(sites)), key=lambda at: sites[at].expert_bytes_bf16)
     layer = Layer(checkpoint, at, list(experts_modules(model))[at][1], None, folder, compensated=recipe.compensated)
-    read_s = _timed(lambda: checkpoint.expert(at, layer.site.num_experts - 1), warm=False)
+    read_s = _read_s(layer)
     seconds = 2 * left.dense_bytes * read_s / layer.site.expert_bytes_bf16
     length = _site_tokens(checkpoint)
     if left.num_experts:
@@ -149,7 +155,27 @@ def _pass_s(layer: Layer, num_tokens: int, read_s: float, sizes: Sequence[float]
     coarse_s = _timed(lambda: SiteMath(layer.module, site, torch.float32).run("q4", blobs, x))
     whole = sum(found.num_experts * found.expert_bytes_bf16 for found in checkpoint.sites)
     streamed = sum(share * whole for share in sizes if share * whole > CACHE_BYTES) / max(len(sizes), 1)
-    return dense_s + used * (read_s + run_s), dense_s + used * coarse_s + streamed * read_s / expert
+    return dense_s + used * (read_s + run_s), dense_s + used * coarse_s + streamed * _streamed_s(layer, read_s) / expert
+
+
+def _read_s(layer: Layer) -> float:
+    """Seconds to read an expert that was not read before."""
+    some = range(layer.site.num_experts - 1, -1, -max(1, layer.site.num_experts // READS))
+    return median(_timed(partial(layer.checkpoint.expert, layer.index, index), warm=False) for index in some)
+
+
+def _streamed_s(layer: Layer, read_s: float) -> float:
+    """Seconds to read an expert's bytes as blobs are, past the page cache; `read_s` where they are not in one piece."""
+    extents = layer.checkpoint.extents(layer.index, 0)
+    if extents is None:
+        return read_s
+    with ExitStack() as files:
+        calls = []
+        for extent in extents:
+            file = files.enter_context(closing(DirectFile(layer.checkpoint.folder / extent.file)))
+            into = memoryview(bytearray(extent.length))
+            calls.append(partial(file.read, extent.offset, into, extent.length))
+        return min(_timed(lambda: [call() for call in calls], warm=False) for _ in range(READS))
 
 
 def _noise(layer: Layer, num_experts: int, num_tokens: int) -> LayerInputs:
