@@ -72,6 +72,10 @@ class ResidencyMachine(RuleBasedStateMachine):
     def prefetch(self, wanted: tuple[BlobId, ...]) -> None:
         self.core.prefetch(wanted)
 
+    @rule(wanted=st.lists(groups, max_size=3))
+    def foresee(self, wanted: list[tuple[BlobId, ...]]) -> None:
+        self.core.foresee(wanted)
+
     @rule()
     def begin(self) -> None:
         name = self.core.next_load()
@@ -195,6 +199,41 @@ def test_a_demand_is_read_before_earlier_prefetches() -> None:
     assert core.next_load() == blob(5)
 
 
+def test_what_is_foreseen_is_read_after_demands_and_before_hints_the_likeliest_first() -> None:
+    core = make(14)
+    core.prefetch(group(9))
+    core.foresee([group(6), group(3)])
+    core.demand(group(0))
+    assert load_all(core) == [blob(0), blob(6), blob(3), blob(9)]
+
+
+def test_what_was_foreseen_before_is_read_no_more() -> None:
+    core = make(14)
+    core.foresee([group(0, 3)])
+    assert core.next_load() == blob(0)
+    core.foresee([group(6)])
+    core.loaded(blob(0))
+    assert load_all(core) == [blob(6)]
+
+
+def test_what_is_foreseen_leaves_last_and_not_for_what_else_is_read_ahead() -> None:
+    core = make(3)
+    for row in (0, 3, 6):
+        ticket = core.demand(group(row))
+        load_all(core)
+        core.release(ticket)
+    core.foresee([group(0, 3, 6), group(9)])
+    core.prefetch(group(9))
+    assert load_all(core) == []
+    core.foresee([group(0, 3)])
+    core.demand(group(9))
+    load_all(core)
+    assert core.resident(group(0, 3)) and not core.resident(group(6))
+    core.demand(group(6))
+    load_all(core)
+    assert core.resident(group(6)) and not core.resident(group(0))
+
+
 def test_a_blob_that_is_being_prefetched_is_not_read_twice_when_demanded() -> None:
     core = make(14, in_flight=2)
     core.prefetch(group(0))
@@ -251,4 +290,8 @@ def test_a_wrong_prefetch_is_counted_as_wasted_when_it_is_evicted() -> None:
     load_all(core)
     core.demand(group(2))
     load_all(core)
-    assert (core.tally.prefetched, core.tally.prefetch_used, core.tally.prefetch_wasted) == (1, 0, 1)
+    assert (core.tally.prefetched, core.tally.prefetch_used, core.tally.prefetch_wasted) == (
+        size_of(blob(1)),
+        0,
+        size_of(blob(1)),
+    )

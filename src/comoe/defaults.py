@@ -15,6 +15,9 @@ SEED = 0
 POLICY = "lru"
 """Who leaves the cache first."""
 
+PREFETCH = "auto"
+"""Whether experts are read before they are asked for."""
+
 FORMS = ("dropped", "lowrank", "q2", "residual", "q3", "q4", "q8")
 """What is tried for a pack beside exact experts; forms that no step of its chain uses are left out again.
 

@@ -27,7 +27,7 @@ from comoe.cli.options import (
 )
 from comoe.cli.profile import alone, check_place, keep
 from comoe.cli.terminal import print_json, say
-from comoe.defaults import CONTEXT, MAX_NEW_TOKENS, POLICY, SEED, TEMPERATURE, TOP_K, TOP_P
+from comoe.defaults import CONTEXT, MAX_NEW_TOKENS, POLICY, PREFETCH, SEED, TEMPERATURE, TOP_K, TOP_P
 from comoe.store.manifest import read_manifest
 from comoe.store.profile import read_profile
 from comoe.types import UsageError
@@ -75,6 +75,10 @@ def command(
     policy: Annotated[
         str, Option(envvar="COMOE_POLICY", metavar="lru|lfu|gdsf", help="Which experts leave the cache first.")
     ] = POLICY,
+    prefetch: Annotated[
+        str,
+        Option(envvar="COMOE_PREFETCH", metavar="auto|on|off", help="Read experts ahead; auto: while it saves time."),
+    ] = PREFETCH,
     json: Json = False,
 ) -> None:
     """Generate text inside a budget.
@@ -92,7 +96,8 @@ def command(
     if given is None and json:
         raise UsageError("--json needs a prompt: give --prompt or --prompt-file.")
     known = _existing(profile)
-    options = {"dtype": dtype, "threads": threads, "source": source, "profile": known, "policy": policy}
+    how = {"policy": policy, "prefetch": prefetch}
+    options = {"dtype": dtype, "threads": threads, "source": source, "profile": known, **how}
     session.load(given, context, edges=tuple(edge or ()), **options)
     with session.model.comoe, _profiled(session, profile):
         if given is None:

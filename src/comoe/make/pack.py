@@ -34,6 +34,7 @@ from comoe.make.estimate import (
     recording_bytes,
     seconds_to_pack,
 )
+from comoe.make.foresight import foresight
 from comoe.make.layers import build
 from comoe.make.protocol import Evaluation
 from comoe.make.recipe import CALIBRATED_FORMS, Recipe, Report
@@ -45,6 +46,7 @@ from comoe.runtime.threads import use_threads
 from comoe.store.checkpoint import Checkpoint
 from comoe.store.densefile import RawTensor, write_dense
 from comoe.store.families import experts_modules
+from comoe.store.foresight import FORESIGHT, write_foresight
 from comoe.store.layout import quantised
 from comoe.store.manifest import (
     DENSE,
@@ -259,6 +261,7 @@ class Packer:
             self._record([[w for found in held_out(self._windows).values() for w in found]], JUDGED, 0.15, 0.2)
             experts = [site.num_experts for site in self._checkpoint.sites]
             write_profile(self._folder / PROFILE, profiled(self._inputs, experts, texts))
+            write_foresight(self._folder / FORESIGHT, foresight(partial(self._recorded, INPUTS), experts))
             done.touch()
         return True
 

@@ -52,13 +52,14 @@ class BlobCache:
         for thread in self._threads:
             thread.start()
 
-    def serve(self, groups: Sequence[Group]) -> Iterator[tuple[int, tuple[Buffer, ...]]]:
+    def serve(self, groups: Sequence[Group], ahead: Sequence[Group] = ()) -> Iterator[tuple[int, tuple[Buffer, ...]]]:
         """Yield (position in `groups`, the blobs' bytes) as they are there: resident ones first, then by arrival.
 
-        A group is pinned until the next is asked for. Raises what the source raised for a group; DoesNotFit where a
-        group is larger than the capacity.
+        A group is pinned until the next is asked for. Groups `ahead` are likely asked for next, the likeliest first:
+        they are read when nothing else is, until it is asked for other ones. Raises what the source raised for a group;
+        DoesNotFit where a group is larger than the capacity.
         """
-        tickets = self._demand(groups)
+        tickets = self._demand(groups, ahead)
         try:
             while tickets:
                 position, ticket = self._next_ready(tickets)
@@ -150,17 +151,18 @@ class BlobCache:
     def _bytes(self, blob: BlobId) -> Buffer:
         return self._buffers[blob][: self._source.nbytes(blob)]
 
-    def _demand(self, groups: Sequence[Group]) -> dict[int, Ticket]:
+    def _demand(self, groups: Sequence[Group], ahead: Sequence[Group]) -> dict[int, Ticket]:
         with self._changed:
             if self._closed:
                 raise RuntimeError("the cache is closed")
+            self._residency.foresee(ahead)
             try:
                 tickets = self._residency.demand_all(groups)
             except DoesNotFit:
                 self._release(())
                 raise
             self._apply_evictions()
-            if any(ticket.phase is not Phase.READY for ticket in tickets.values()):
+            if ahead or any(ticket.phase is not Phase.READY for ticket in tickets.values()):
                 self._changed.notify_all()
             return tickets
 

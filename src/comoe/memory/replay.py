@@ -13,8 +13,9 @@ import numpy.typing as npt
 
 from comoe.memory.arena import held_size
 from comoe.memory.policy import Policy
-from comoe.memory.residency import Group, Residency, first_ready
-from comoe.store.trace import Trace
+from comoe.memory.prefetch import Prefetcher
+from comoe.memory.residency import Group, Residency, Tally, first_ready
+from comoe.store.trace import Chunk, Trace
 from comoe.types import BlobId, ExpertId
 
 GroupOf = Callable[[ExpertId], Group]
@@ -32,19 +33,22 @@ class Times(NamedTuple):
 class Cell(NamedTuple):
     """What is replayed against a trace: `capacity` bytes of memory, and how blobs leave it.
 
-    `before_chunk` is told the number of every chunk before it asks for anything: for a policy that knows the trace.
+    `before_chunk` is told the number of every chunk before it asks for anything: for a policy or a predictor that knows
+    the trace. `prefetcher` says what is read ahead; None: nothing is.
     """
 
     capacity: int
     policy: Policy
     before_chunk: Callable[[int], None] = lambda chunk: None
+    prefetcher: Prefetcher | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Replayed:
     """What each of P passes took, all (P,): virtual milliseconds, uses of experts and hits among them.
 
-    Of bytes: those of all uses, those of them that were resident when asked for, and those that were read.
+    Of bytes: those of all uses, those of them that were resident when asked for, and those that were read. `tally` is
+    of all passes together.
     """
 
     ms: npt.NDArray[np.float64]
@@ -53,6 +57,7 @@ class Replayed:
     bytes_used: npt.NDArray[np.int64]
     bytes_hit: npt.NDArray[np.int64]
     bytes_read: npt.NDArray[np.int64]
+    tally: Tally
 
     @property
     def hit_rate(self) -> float:
@@ -65,6 +70,10 @@ class Replayed:
         return float(self.bytes_hit.sum() / max(self.bytes_used.sum(), 1))
 
 
+COUNTED = ("uses", "hits", "bytes_used", "bytes_hit", "bytes_read")
+"""What is counted of every pass."""
+
+
 def replay(
     trace: Trace, cell: Cell, group_of: GroupOf, nbytes: Callable[[BlobId], int], times: Times | None = None
 ) -> Replayed:
@@ -73,24 +82,36 @@ def replay(
     virtual = VirtualCache(cell, nbytes, times)
     totals = np.zeros((len(trace.tokens), 6))
     pauses_s = trace.tokens * times.token_s / np.maximum(np.diff(trace.chunks), 1)
-    for at, (in_pass, groups) in enumerate(grouped(trace, group_of)):
+    for at, (chunk, groups) in enumerate(grouped(trace, group_of)):
+        in_pass = chunk.in_pass
         start_s, read = virtual.now_s, virtual.bytes_read
         cell.before_chunk(at)
         virtual.advance(pauses_s[in_pass])
+        ahead = _ahead(cell.prefetcher, chunk, int(trace.tokens[in_pass]), virtual.now_s)
         hits = [virtual.resident(group) for group in groups]
         used = [blob for group in groups for blob in group]
         hit_bytes = sum(nbytes(blob) for blob in used if virtual.resident([blob]))
-        virtual.serve(groups)
-        ms, bytes_read = 1e3 * (virtual.now_s - start_s), virtual.bytes_read - read
-        totals[in_pass] += (ms, len(groups), sum(hits), sum(map(nbytes, used)), hit_bytes, bytes_read)
-    return Replayed(totals[:, 0], *totals[:, 1:].T.astype(np.int64))
+        virtual.serve(groups, [group_of(expert) for expert in ahead])
+        took_ms, bytes_read = 1e3 * (virtual.now_s - start_s), virtual.bytes_read - read
+        totals[in_pass] += (took_ms, len(groups), sum(hits), sum(map(nbytes, used)), hit_bytes, bytes_read)
+    return Replayed(
+        ms=totals[:, 0],
+        **{name: totals[:, at].astype(np.int64) for at, name in enumerate(COUNTED, 1)},
+        tally=virtual.tally,
+    )
 
 
-def grouped(trace: Trace, group_of: GroupOf) -> Iterator[tuple[int, list[Group]]]:
-    """Of every chunk its pass, and what its experts need."""
+def _ahead(prefetcher: Prefetcher | None, chunk: Chunk, tokens: int, now_s: float) -> list[ExpertId]:
+    if prefetcher is None:
+        return []
+    return prefetcher.step(chunk.layer, tokens, chunk.experts, lambda: np.zeros((tokens, 0), np.float32), now_s)
+
+
+def grouped(trace: Trace, group_of: GroupOf) -> Iterator[tuple[Chunk, list[Group]]]:
+    """Every chunk, and what its experts need."""
     groups = [[group_of(ExpertId(layer, expert)) for expert in range(size)] for layer, size in enumerate(trace.experts)]
     for chunk in trace:
-        yield chunk.in_pass, [groups[chunk.layer][expert] for expert in chunk.experts]
+        yield chunk, [groups[chunk.layer][expert] for expert in chunk.experts]
 
 
 class VirtualCache:
@@ -110,8 +131,17 @@ class VirtualCache:
         """Whether every blob of `group` is in memory now."""
         return self._residency.resident(group)
 
-    def serve(self, groups: Sequence[Group]) -> None:
-        """Ask for all groups, and use each as it is there: resident ones first, then by arrival."""
+    @property
+    def tally(self) -> Tally:
+        """What prefetching was worth."""
+        return self._residency.tally
+
+    def serve(self, groups: Sequence[Group], ahead: Sequence[Group] = ()) -> None:
+        """Ask for all groups, and use each as it is there: resident ones first, then by arrival.
+
+        Groups `ahead` are read when nothing else is.
+        """
+        self._residency.foresee(ahead)
         tickets = self._residency.demand_all(groups)
         self._begin()
         while tickets:

@@ -1,14 +1,15 @@
 """Which blobs are in memory, which are coming and which must go: a sans-I/O core.
 
 Events in (`demand`, `loaded`, `release`, ...), actions out (`next_load`, `take_evictions`). No clock, no threads, no
-buffers: the runtime's cache and the simulator drive the same code.
+buffers: the runtime's cache and the simulator drive the same code. What is demanded is read first, then what is
+foreseen, then what was merely hinted at.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from itertools import count
+from itertools import chain, count
 
 from comoe.memory.policy import Policy
 from comoe.types import BlobId, DoesNotFit
@@ -48,7 +49,7 @@ class Entry:
 
 @dataclass(slots=True)
 class Tally:
-    """Blobs, not bytes: what prefetching was worth."""
+    """What prefetching was worth, in bytes of memory; how many blobs were evicted."""
 
     prefetched: int = 0
     prefetch_used: int = 0
@@ -87,6 +88,7 @@ class Residency:
         self._queue: deque[Ticket] = deque()
         self._active: dict[int, Ticket] = {}
         self._hints: deque[BlobId] = deque()
+        self._foreseen: dict[BlobId, None] = {}
         self._starting: deque[BlobId] = deque()
         self._evicting: list[BlobId] = []
         self._num_loading = 0
@@ -155,13 +157,20 @@ class Residency:
         """Read `group` when nothing is demanded and if room can be made. A hint: it may never happen."""
         self._hints.extend(blob for blob in group if blob not in self._entries)
 
+    def foresee(self, groups: Iterable[Group]) -> None:
+        """What is likely demanded next, the likeliest first: read when nothing is demanded, last to be evicted.
+
+        What was foreseen before is so no more: reads of it that have not begun never will.
+        """
+        self._foreseen = dict.fromkeys(chain.from_iterable(groups))
+
     def next_load(self) -> BlobId | None:
         """The blob to read now, once what `take_evictions` names is gone; None where nothing may start."""
         self._admit()
         if self._num_loading >= self._in_flight:
             return None
         if not self._starting and not self._queue:
-            self._take_hint()
+            self._take_foreseen() or self._take_hint()
         if not self._starting:
             return None
         self._num_loading += 1
@@ -194,7 +203,7 @@ class Residency:
                 self._withdraw(ticket)
         entry = self._entries.pop(blob)
         self.used -= entry.nbytes
-        self.tally.prefetch_failed += entry.prefetched
+        self.tally.prefetch_failed += entry.prefetched * entry.nbytes
         self._evicting.append(blob)
         self._admit()
 
@@ -209,6 +218,7 @@ class Residency:
             )
         self.capacity = capacity
         self._hints.clear()
+        self._foreseen.clear()
         self._make_room(0, ())
         self._retract()
         self._make_room(0, ())
@@ -239,14 +249,26 @@ class Residency:
             ticket.missing = {blob for blob in ticket.group if self._entries[blob].loading}
             ticket.phase = Phase.LOADING if ticket.missing else Phase.READY
 
-    def _take_hint(self) -> None:
+    def _take_foreseen(self) -> bool:
+        """Begin the likeliest read that is foreseen, unless no room can be made for it."""
+        absent = next((blob for blob in self._foreseen if blob not in self._entries), None)
+        return absent is not None and self._enter_ahead(absent)
+
+    def _take_hint(self) -> bool:
         while self._hints:
             blob = self._hints.popleft()
-            if blob not in self._entries and self._make_room(self._size_of(blob), (blob,)):
-                self._enter(blob)
-                self._entries[blob].prefetched = True
-                self.tally.prefetched += 1
-                return
+            if blob not in self._entries and self._enter_ahead(blob):
+                return True
+        return False
+
+    def _enter_ahead(self, blob: BlobId) -> bool:
+        """Let an absent blob in that nobody demanded, for which nothing leaves that is foreseen."""
+        if not self._make_room(self._size_of(blob), (blob,), ahead=True):
+            return False
+        self._enter(blob)
+        self._entries[blob].prefetched = True
+        self.tally.prefetched += self._entries[blob].nbytes
+        return True
 
     def _enter(self, blob: BlobId) -> None:
         self._entries[blob] = Entry(self._size_of(blob), loading=True)
@@ -258,7 +280,7 @@ class Residency:
         entry.pins += 1
         if entry.prefetched:
             entry.prefetched = False
-            self.tally.prefetch_used += 1
+            self.tally.prefetch_used += entry.nbytes
         if not entry.loading and blob not in self._held:
             self._policy.touched(blob)
 
@@ -285,13 +307,16 @@ class Residency:
                 self._queue.appendleft(ticket)
                 self._make_room(0, ())
 
-    def _make_room(self, nbytes: int, keep: Sequence[BlobId]) -> bool:
-        """Evict until `nbytes` more fit; False, and nothing evicted for it, where that cannot be."""
+    def _make_room(self, nbytes: int, keep: Sequence[BlobId], *, ahead: bool = False) -> bool:
+        """Evict until `nbytes` more fit; False, and nothing evicted for it, where that cannot be.
+
+        What is foreseen leaves last, and not for what is read `ahead`.
+        """
         excess = self.used + nbytes - self.capacity
         if excess <= 0:
             return True
         leaving = []
-        for blob in self._policy.victims():
+        for blob in self._victims(ahead=ahead):
             if excess <= 0:
                 break
             if not self._entries[blob].pins and blob not in keep:
@@ -303,10 +328,17 @@ class Residency:
             self._evict(blob)
         return excess <= 0
 
+    def _victims(self, *, ahead: bool) -> Iterator[BlobId]:
+        foreseen = self._foreseen
+        if not foreseen:
+            return self._policy.victims()
+        others = (blob for blob in self._policy.victims() if blob not in foreseen)
+        return others if ahead else chain(others, (blob for blob in self._policy.victims() if blob in foreseen))
+
     def _evict(self, blob: BlobId) -> None:
         entry = self._entries.pop(blob)
         self._policy.removed(blob)
         self.used -= entry.nbytes
         self.tally.evicted += 1
-        self.tally.prefetch_wasted += entry.prefetched
+        self.tally.prefetch_wasted += entry.prefetched * entry.nbytes
         self._evicting.append(blob)

@@ -6,6 +6,7 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 import numpy as np
+from torch import Tensor
 
 from comoe.device import process
 from comoe.memory.cache import BlobCache
@@ -79,7 +80,7 @@ class Comoe:
         return Profile(tuple(layer.num_experts for layer in self._pack.manifest.layers), routed)
 
     @contextmanager
-    def heeded(self, heed: Callable[[int, int, Sequence[Use]], None]) -> Iterator[None]:
+    def heeded(self, heed: Callable[[int, Tensor, Sequence[Use]], None]) -> Iterator[None]:
         """While it lasts, `heed` is told what every chunk uses: see `Serving`."""
         self._serving.heed = heed
         try:
@@ -109,10 +110,13 @@ class Comoe:
     def stats(self) -> dict[str, Any]:
         """Counters of the request: rates as fractions, bytes as integers; what is resident is so now.
 
+        `prefetched_bytes` were read before they were asked for, `prefetch_wasted_bytes` of them left unused, since the
+        model was loaded; `prefetching` says whether that goes on, None where there is nothing to go by.
         `yielded_bytes` are what the cache gave up to keep the budget; `beside_experts_bytes` what the process was
         measured to need beside it, None where experts alone have a budget; `peak_bytes` counts from its start.
         """
-        counts, read = self._serving.counts, self.cache.stats.bytes_read
+        counts, cache = self._serving.counts, self.cache.stats
+        read, prefetcher = cache.bytes_read, self._serving.prefetcher
         uses = max(counts.uses, 1)
         return {
             "uses": counts.uses,
@@ -120,6 +124,9 @@ class Comoe:
             "floor_rate": counts.floor_uses / uses,
             "expert_s": counts.expert_s,
             "bytes_read": {tier: nbytes - self._read_before.get(tier, 0) for tier, nbytes in read.items()},
+            "prefetched_bytes": cache.tally.prefetched,
+            "prefetch_wasted_bytes": cache.tally.prefetch_wasted,
+            "prefetching": prefetcher.active if prefetcher is not None else None,
             "resident_bytes": self.cache.resident_bytes,
             "capacity_bytes": self.cache.capacity,
             "yielded_bytes": self._planned - self.cache.capacity,

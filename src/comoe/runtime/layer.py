@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from comoe.memory.cache import BlobCache
+from comoe.memory.prefetch import Prefetcher
 from comoe.plan.footprint import CHUNK_TOKENS
 from comoe.plan.ledger import Ledger
 from comoe.plan.planner import Plan
-from comoe.runtime.experts import SiteMath
+from comoe.runtime.experts import Floats, SiteMath
 from comoe.store.manifest import Manifest
 from comoe.types import BlobId, ExpertId
 
@@ -69,7 +70,8 @@ class Seen:
 class Serving:
     """What the layers of a running model share. `before_read` is called before a chunk asks for its experts.
 
-    `heed` is told what every chunk uses: its layer, its number of tokens, and its experts, ascending.
+    `heed` is told what every chunk uses: its layer, what its tokens give to experts (N, H), and its experts, ascending.
+    `prefetcher` says what comes next; None where nothing is read ahead.
     """
 
     manifest: Manifest
@@ -78,7 +80,8 @@ class Serving:
     ledger: Ledger
     counts: Counts = field(default_factory=Counts)
     before_read: Callable[[], None] | None = None
-    heed: Callable[[int, int, Sequence[Use]], None] | None = None
+    heed: Callable[[int, Tensor, Sequence[Use]], None] | None = None
+    prefetcher: Prefetcher | None = None
     rungs: dict[str, list[list[Way]]] = field(default_factory=dict)
     seen: list[tuple[Seen, Seen]] = field(init=False)
     """By layer: of prefill, and of decoding."""
@@ -124,12 +127,12 @@ class ServedLayer:
             self.serving.before_read()
         uses = list(self._uses(index, weight))
         if self.serving.heed is not None:
-            self.serving.heed(self._index, len(x), uses)
+            self.serving.heed(self._index, x, uses)
         ways = [self._choose(use, decode=decode) for use in uses]
         out = torch.zeros_like(x)
         waiting: dict[int, Tensor] = {}
         added = 0
-        for at, blobs in self.serving.cache.serve([way.blobs for way in ways]):
+        for at, blobs in self.serving.cache.serve([way.blobs for way in ways], self._ahead(x, uses)):
             use = uses[at]
             y = self._maths.run(ways[at].form, blobs, x[use.tokens])
             waiting[at] = (y * weight[use.tokens, use.positions, None]).to(out.dtype)
@@ -164,9 +167,24 @@ class ServedLayer:
         seen.gates[use.expert] += use.gate
         return way
 
+    def _ahead(self, x: Tensor, uses: Sequence[Use]) -> list[tuple[BlobId, ...]]:
+        """What the next layer is likely to want."""
+        serving = self.serving
+        if serving.prefetcher is None:
+            return []
+        used = [use.expert for use in uses]
+        found = serving.prefetcher.step(self._index, len(x), used, lambda: floats(x), perf_counter())
+        return [serving.way(layer, expert, serving.plan.target).blobs for layer, expert in found]
+
     def _may_take_floor(self, use: Use) -> bool:
         cheap = use.gate < self.serving.plan.wait_threshold * len(use.tokens)
         return cheap and self.serving.ledger.allows_floor(self._index, use.gate)
+
+
+def floats(x: Tensor) -> Floats:
+    """A tensor as float32 numbers, which predictors take."""
+    found: Floats = x.float().numpy()
+    return found
 
 
 def _add(out: Tensor, tokens: Tensor, y: Tensor) -> None:

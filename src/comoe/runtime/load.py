@@ -3,16 +3,19 @@
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from comoe.defaults import CONTEXT, POLICY
+from comoe.defaults import CONTEXT, POLICY, PREFETCH
 from comoe.device import process
 from comoe.device.costs import measured_costs
 from comoe.device.memory import check_possible, default_memory
 from comoe.memory.cache import BlobCache
 from comoe.memory.policy import POLICIES
+from comoe.memory.predict import Frequent, Learned, Predictor, Previous
+from comoe.memory.prefetch import PREFETCHES, Prefetcher
 from comoe.plan.cost import Costs
 from comoe.plan.footprint import FIRST_USE_FILE_BYTES, Workload, advised, beside_experts, dtype_of, unseen_bytes
 from comoe.plan.ladder import Band, ladder_of
@@ -26,6 +29,7 @@ from comoe.runtime.layer import ServedLayer, Serving
 from comoe.runtime.skeleton import load_skeleton
 from comoe.runtime.threads import use_threads
 from comoe.store.families import experts_modules
+from comoe.store.foresight import Foresight, read_foresight
 from comoe.store.layout import PAGE
 from comoe.store.pack import Pack, refuse_idle_source
 from comoe.store.profile import Profile, read_profile
@@ -39,7 +43,8 @@ class Options:
 
     `max_loss` is a fraction; `context` the longest prompt and answer together, in tokens; `dtype` the compute dtype,
     by default the checkpoint's; `profile` tells how the text to come uses experts, by default as the pack's own did;
-    `policy` says which experts leave the cache first.
+    `policy` says which experts leave the cache first; `prefetch` whether the next layer's are read ahead: `auto`, while
+    that is measured to save time, `on` or `off`.
     """
 
     max_loss: float = 0.0
@@ -48,6 +53,7 @@ class Options:
     threads: int | None = None
     profile: Profile | None = None
     policy: str = POLICY
+    prefetch: str = PREFETCH
 
     def __post_init__(self) -> None:
         if not 0 <= self.max_loss < float("inf"):
@@ -56,6 +62,8 @@ class Options:
             raise UsageError("context and threads must be at least 1.")
         if self.policy not in POLICIES:
             raise UsageError(f"there is no policy {self.policy!r}: choose from {', '.join(POLICIES)}.")
+        if self.prefetch not in PREFETCHES:
+            raise UsageError(f"prefetch cannot be {self.prefetch!r}: choose from {', '.join(PREFETCHES)}.")
 
 
 def load(
@@ -71,6 +79,7 @@ def load(
     source: str | Path | None = None,
     profile: str | Path | None = None,
     policy: str = POLICY,
+    prefetch: str = PREFETCH,
 ) -> Any:
     """A transformers model whose experts are streamed from `pack` within a budget; `model.comoe` is its handle.
 
@@ -78,7 +87,8 @@ def load(
     bytes); without either, four fifths of what is free. `max_loss` bounds the predicted relative increase of nats per
     token (0.02 or "2%"); 0 is exact. `source` is where the checkpoint went, if the pack refers to one that moved.
     `profile` is the file of a profile: the plan is for text that uses experts like that. `policy` says which experts
-    leave the cache first: lru, lfu or gdsf.
+    leave the cache first: lru, lfu or gdsf. `prefetch` says whether experts are read before they are asked for: auto,
+    while that is measured to save time, on or off.
 
     Raises DoesNotFit, before anything large is loaded, with the smallest budget that would do; PackError for a pack
     that cannot be used; UsageError for a budget or a profile that cannot be read.
@@ -91,7 +101,7 @@ def load(
     opened = Pack(Path(pack), source=moved_to)
     refuse_idle_source(moved_to, opened.folder, opened.manifest)
     known = read_profile(Path(profile)) if profile else None
-    loader = Loader(opened, Options(parse_share(max_loss), context, dtype, threads, known, policy))
+    loader = Loader(opened, Options(parse_share(max_loss), context, dtype, threads, known, policy, prefetch))
     if expert_memory is not None:
         return loader.within_experts(parse_budget(expert_memory, loader.pack.manifest.expert_bytes_bf16))
     return loader.within_process(parse_size(memory) if memory is not None else default_memory())
@@ -118,13 +128,14 @@ class Loader:
         least = Planner(self.ladder, Costs.unknown()).smallest(self.options.max_loss)
         self._refuse_below(beside_experts(self.pack.manifest, self._work, before.total) + least, memory)
         planner = self.planner()  # measures while there is room to
-        model = self._skeleton()
+        model, foresight = self._skeleton(), self._foresight
         warm = warm_up(model, self._maths(model), self._work)
         unseen = unseen_bytes(max(warm.file_backed, before.file_backed + FIRST_USE_FILE_BYTES), memory)
         beside = warm.anonymous + unseen
         self._refuse_below(beside + least, memory)
         plan = timed(planner, warm).best(memory - beside, self.options.max_loss)
-        return self._serve(model, plan, memory - beside, Promise(memory, beside, unseen), warm.earlier_peak)
+        promise = Promise(memory, beside, unseen)
+        return self._serve(model, plan, memory - beside, promise, warm.earlier_peak, foresight)
 
     def within_experts(self, budget: int) -> Any:
         """The model, with experts in `budget` bytes."""
@@ -132,7 +143,7 @@ class Loader:
         planner, model = self.planner(), self._skeleton()
         warm = warm_up(model, self._maths(model), replace(self._work, context=FIRST_TOKENS))
         plan = timed(planner, warm).best(budget, self.options.max_loss)
-        return self._serve(model, plan, budget, earlier_peak=warm.earlier_peak)
+        return self._serve(model, plan, budget, None, warm.earlier_peak, self._foresight)
 
     def resident(self, rung: str) -> Any:
         """The model with every expert in `rung` in memory, a form or a step: the reference of comparisons."""
@@ -171,20 +182,45 @@ class Loader:
             for layer, (_, module) in enumerate(experts_modules(model))
         ]
 
+    @cached_property
+    def _foresight(self) -> Foresight:
+        """What tells the next layer's experts; nothing where nothing is to be read ahead."""
+        manifest = self.pack.manifest
+        experts = [layer.num_experts for layer in manifest.layers]
+        return {} if self.options.prefetch == "off" else read_foresight(self.pack.folder, experts)
+
+    def _prefetcher(self, foresight: Foresight) -> Prefetcher | None:
+        """What reads ahead by `foresight`, or by another predictor that proves better; None without any."""
+        if not foresight:
+            return None
+        sizes = [layer.num_experts for layer in self.pack.manifest.layers]
+        predictors: dict[str, Predictor] = {"learned": Learned(foresight)}
+        predictors |= {"frequent": Frequent(self.ladder.use), "previous": Previous(sizes)}
+        return Prefetcher(predictors, foresight, always=self.options.prefetch == "on")
+
     def _cache(self, capacity: int, largest_group: int) -> BlobCache:
         policy = POLICIES[self.options.policy]()
         return BlobCache(self.pack, capacity, largest_group=largest_group, policy=policy)
 
     def _serve(
-        self, model: Any, plan: Plan, capacity: int, promise: Promise | None = None, earlier_peak: int = 0
+        self,
+        model: Any,
+        plan: Plan,
+        capacity: int,
+        promise: Promise | None = None,
+        earlier_peak: int = 0,
+        foresight: Foresight | None = None,
     ) -> Any:
         manifest = self.pack.manifest
         floor = self.ladder.rung(plan.floor) if plan.floor else None
-        largest = self.ladder.rung(plan.target).group_beside(floor)
+        target = self.ladder.rung(plan.target)
+        largest = target.group_beside(floor)
+        streams = plan.floor_bytes + target.beside(floor) > capacity
         with ExitStack() as on_failure:
             cache = on_failure.enter_context(self._cache(capacity, largest))
             ledger = Ledger(self.ladder.prices(plan.target, plan.floor), self.options.max_loss)
-            serving = Serving(manifest, cache, plan, ledger)
+            prefetcher = self._prefetcher(foresight or {}) if streams else None
+            serving = Serving(manifest, cache, plan, ledger, prefetcher=prefetcher)
             if plan.floor is not None:
                 ways = [serving.way(*expert, plan.floor) for expert in manifest.expert_ids]
                 cache.hold(list(dict.fromkeys(blob for way in ways for blob in way.blobs)))

@@ -29,6 +29,21 @@ DTYPES = {
 }
 
 
+FORESEEN = {"foreseen": "I64", "candidate": "I32", "chance": "F32"}
+"""Only where the pack has a foresight."""
+
+
+class Foreseen(NamedTuple):
+    """What was foreseen at each of C chunks: with `chance` (V,) its next layer would use `candidate` (V,).
+
+    Those of chunk c are `foreseen[c]` to `foreseen[c + 1]`; experts of hardly any chance are left out.
+    """
+
+    foreseen: Numbers
+    candidate: npt.NDArray[np.int32]
+    chance: npt.NDArray[np.float32]
+
+
 class Chunk(NamedTuple):
     """What a layer's router chose for tokens that were computed together, and of which pass, counted from 0.
 
@@ -48,7 +63,8 @@ class Trace:
     """P passes, which are calls of a model, of C chunks with U uses of experts; a model of `experts[layer]` experts.
 
     Pass p had `tokens[p]` tokens, one in decoding, and its chunks are `chunks[p]` to `chunks[p + 1]`. Chunk c was in
-    `layers[c]`, and its uses are `uses[c]` to `uses[c + 1]`: `expert`, `count` and `gate` as in `Chunk`.
+    `layers[c]`, and its uses are `uses[c]` to `uses[c + 1]`: `expert`, `count` and `gate` as in `Chunk`. `ahead` is
+    what the pack's foresight said meanwhile; None where it has none.
     """
 
     experts: Numbers
@@ -59,6 +75,7 @@ class Trace:
     expert: npt.NDArray[np.int32]
     count: npt.NDArray[np.int32]
     gate: npt.NDArray[np.float32]
+    ahead: Foreseen | None = None
 
     def __iter__(self) -> Iterator[Chunk]:
         """The chunks, in order."""
@@ -72,7 +89,8 @@ class Trace:
 
 def write_trace(path: Path, trace: Trace) -> None:
     """Write `trace` to the file `path`, which is whole or as it was. OSError where that cannot be."""
-    write_numbers(path, {name: getattr(trace, name) for name in DTYPES})
+    ahead = trace.ahead._asdict() if trace.ahead is not None else {}
+    write_numbers(path, {name: getattr(trace, name) for name in DTYPES} | ahead)
 
 
 def read_trace(path: Path) -> Trace:
@@ -87,7 +105,9 @@ def read_trace(path: Path) -> Trace:
 
 def _parse(file: Path, tensors: dict[str, StoredTensor]) -> Trace:
     """The trace of a file's tensors; KeyError or ValueError for those of anything else."""
-    trace = Trace(**{name: read_numbers(file, tensors.pop(name), dtype) for name, dtype in DTYPES.items()})
+    parts = {name: read_numbers(file, tensors.pop(name), dtype) for name, dtype in DTYPES.items()}
+    ahead = {name: read_numbers(file, tensors.pop(name), dtype) for name, dtype in FORESEEN.items() if tensors}
+    trace = Trace(**parts, ahead=Foreseen(**ahead) if ahead else None)
     if tensors or not _is_sound(trace):
         raise ValueError("other tensors than a trace's")
     return trace
@@ -103,10 +123,19 @@ def _is_sound(trace: Trace) -> bool:
         and all(least.min() > 0 for least in (trace.experts, trace.tokens, trace.count))
     ):
         return False
+    if trace.ahead is not None and not _is_foreseen(trace.ahead, trace):
+        return False
     ascending = np.diff(trace.expert) > 0
     starts = trace.uses[1:-1]
     ascending[starts[(starts > 0) & (starts < len(trace.expert))] - 1] = True
     return bool(ascending.all() and (trace.expert < np.repeat(trace.experts[trace.layers], np.diff(trace.uses))).all())
+
+
+def _is_foreseen(ahead: Foreseen, trace: Trace) -> bool:
+    if not _are_bounds(ahead.foreseen, len(trace.layers), len(ahead.candidate)):
+        return False
+    likely = len(ahead.candidate) == len(ahead.chance) and ahead.chance.max() <= 1
+    return bool(likely and ahead.candidate.max() < trace.experts.max())
 
 
 def _are_bounds(bounds: Numbers, parts: int, length: int) -> bool:
