@@ -1,6 +1,6 @@
 """`comoe.load`: from a pack and a budget to a transformers model that generates."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -31,8 +31,10 @@ from comoe.runtime.threads import use_threads
 from comoe.store.families import experts_modules
 from comoe.store.foresight import Foresight, read_foresight
 from comoe.store.layout import PAGE
+from comoe.store.paced import Paced
 from comoe.store.pack import Pack, refuse_idle_source
 from comoe.store.profile import Profile, read_profile
+from comoe.store.source import Source
 from comoe.types import DoesNotFit, RemoteUnavailable, UsageError
 from comoe.units import format_size, parse_budget, parse_share, parse_size
 
@@ -112,6 +114,7 @@ class Loader:
 
     def __init__(self, pack: Pack, options: Options) -> None:
         self.pack, self.options = pack, options
+        self._source: Source = pack
         self.ladder = ladder_of(pack.manifest, options.profile)
         forms = self.ladder.forms(options.max_loss)
         self._work = Workload(options.context, dtype_of(pack.manifest, options.dtype), forms)
@@ -159,6 +162,10 @@ class Loader:
         room = min(wanted.nbytes, max(capacity, wanted.group_beside(None)))
         return self._serve(model, uniform(self.ladder, rung), room)
 
+    def pace(self, seconds: Callable[[int], float]) -> None:
+        """Let reads of so many bytes take so long: the scale model."""
+        self._source = Paced(self.pack, seconds)
+
     def planner(self) -> Planner:
         """A planner with this device's rates; what a token costs beside its experts is not known yet."""
         return Planner(self.ladder, measured_costs(self.pack, perf_counter))
@@ -200,7 +207,7 @@ class Loader:
 
     def _cache(self, capacity: int, largest_group: int) -> BlobCache:
         policy = POLICIES[self.options.policy]()
-        return BlobCache(self.pack, capacity, largest_group=largest_group, policy=policy)
+        return BlobCache(self._source, capacity, largest_group=largest_group, policy=policy)
 
     def _serve(
         self,
