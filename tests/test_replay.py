@@ -16,12 +16,12 @@ from test_trace import trace_of
 
 from comoe.make.trace import record
 from comoe.memory.arena import held_size
-from comoe.memory.belady import Belady, belady
 from comoe.memory.policy import LRU, POLICIES, Policy
-from comoe.memory.replay import Cell, Replayed, Times, replay
 from comoe.memory.residency import Group
 from comoe.runtime.generate import tokenizer_of
 from comoe.runtime.load import Loader, Options, load
+from comoe.sim.belady import Belady, belady
+from comoe.sim.replay import Cell, Replayed, Times, replay
 from comoe.store.layout import PAGE
 from comoe.store.pack import Pack
 from comoe.store.trace import Chunk, Trace

@@ -18,8 +18,8 @@ from comoe.bench.turns import Side, decode_in_turns
 from comoe.make.protocol import Evaluation
 from comoe.memory.predict import Foretold, Predictor, Previous
 from comoe.memory.prefetch import Prefetcher
-from comoe.memory.replay import Cell, GroupOf, Times, replay
 from comoe.runtime.load import Loader
+from comoe.sim.replay import Cell, GroupOf, Times, replay
 from comoe.store.foresight import read_foresight
 from comoe.store.pack import Pack
 from comoe.store.trace import Trace

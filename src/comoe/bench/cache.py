@@ -20,11 +20,11 @@ from comoe.make.protocol import Evaluation
 from comoe.make.recipe import Recipe
 from comoe.make.text import windows
 from comoe.make.trace import CONTEXT, record
-from comoe.memory.belady import belady
 from comoe.memory.policy import POLICIES
 from comoe.memory.prefetch import PREFETCHES
-from comoe.memory.replay import Cell, replay
 from comoe.runtime.load import Loader, Options
+from comoe.sim.belady import belady
+from comoe.sim.replay import Cell, replay
 from comoe.store.foresight import read_foresight
 from comoe.store.pack import Pack
 from comoe.store.trace import Trace

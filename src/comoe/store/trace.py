@@ -1,6 +1,6 @@
 """The trace: which experts text used, call by call of a model and layer by layer, in order; and its file.
 
-What a profile adds up, a trace keeps apart, so that caches can be compared on it without the model: `memory.replay`.
+What a profile adds up, a trace keeps apart, so that caches can be compared on it without the model: `sim.replay`.
 """
 
 from collections.abc import Iterator

@@ -6,7 +6,7 @@ from itertools import chain
 from math import inf
 
 from comoe.memory.ranking import Ranking
-from comoe.memory.replay import Cell, GroupOf, grouped
+from comoe.sim.replay import Cell, GroupOf, grouped
 from comoe.store.trace import Trace
 from comoe.types import BlobId
 
