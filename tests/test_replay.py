@@ -11,20 +11,28 @@ import pytest
 from commands import CALIBRATION, Comoe, document
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ladders import ladder
 from policies import PolicyContract, blob
 from test_trace import trace_of
 
 from comoe.make.trace import record
 from comoe.memory.arena import held_size
 from comoe.memory.policy import LRU, POLICIES, Policy
+from comoe.memory.predict import Foretold
+from comoe.memory.prefetch import Prefetcher
 from comoe.memory.residency import Group
+from comoe.plan.ladder import Prices
+from comoe.plan.ledger import Ledger
+from comoe.plan.missrule import MissRule
+from comoe.plan.planner import uniform
 from comoe.runtime.generate import tokenizer_of
 from comoe.runtime.load import Loader, Options, load
 from comoe.sim.belady import Belady, belady
 from comoe.sim.replay import Cell, Replayed, Times, replay
+from comoe.store.foresight import Link
 from comoe.store.layout import PAGE
 from comoe.store.pack import Pack
-from comoe.store.trace import Chunk, Trace
+from comoe.store.trace import Chunk, Foreseen, Trace
 from comoe.types import BlobId, DoesNotFit, ExpertId
 
 
@@ -188,6 +196,60 @@ def test_memory_is_counted_in_pages_and_less_than_a_group_is_refused() -> None:
     with pytest.raises(DoesNotFit) as refusal:
         replay(trace, Cell(PAGE - 1, LRU()), alone, lambda blob: 100)
     assert refusal.value.smallest == PAGE
+
+
+# Floors and reading ahead
+
+
+def rule(threshold: float, bound: float) -> MissRule:
+    plan = replace(uniform(ladder({"exact": 1}, {}, [[1.0]]), "exact"), floor="coarse", wait_threshold=threshold)
+    return MissRule(plan, Ledger(Prices((0.0, 0.0), (0.1, 0.1)), bound))
+
+
+def floor_of(expert: ExpertId) -> Group:
+    return (blob(100 + expert.expert),)
+
+
+@pytest.mark.parametrize(
+    ("threshold", "bound", "floor_uses"),
+    [(2.0, 1.0, [1, 0, 2]), (1.0, 1.0, [0, 0, 0]), (2.0, 0.01, [0, 0, 0]), (2.0, 0.034, [0, 0, 1])],
+)
+def test_a_miss_takes_the_floor_where_its_gate_is_small_and_the_ledger_allows_it(
+    threshold: float, bound: float, floor_uses: list[int]
+) -> None:
+    """Gates are all 1; what takes the floor is read behind it, so that it hits next time."""
+    missing = rule(threshold, bound)
+    cell = Cell((NUM_EXPERTS + 4) * PAGE, LRU(), miss=missing, floor_of=floor_of)
+    found = replay(of_chunks([0], [0], [1, 2]), cell, alone, lambda blob: PAGE, Times(READ_S, 2.0))
+    assert found.floor_uses.tolist() == floor_uses
+    assert found.hits.tolist() == [0, 1, 0]
+    waits = [1 - floor_uses[0], 0, 2 - floor_uses[2]]
+    took = [(1 if waits[0] else 0) + 2, 2, (1 if waits[2] == 2 else 0) + 4]
+    assert found.ms.tolist() == pytest.approx([1e3 * seconds for seconds in took])
+    assert missing.ledger.loss == pytest.approx(0.1 * sum(floor_uses) / 4)
+
+
+def test_a_prompt_never_takes_the_floor() -> None:
+    cell = Cell((NUM_EXPERTS + 4) * PAGE, LRU(), miss=rule(2.0, 1.0), floor_of=floor_of)
+    found = replay(of_chunks([0], [1], tokens=3), cell, alone, lambda blob: PAGE, Times(READ_S))
+    assert found.floor_uses.sum() == 0
+
+
+def test_what_is_foretold_is_read_while_the_layer_before_computes() -> None:
+    """Experts 0 of layer 0 and then 1 of layer 1, token after token, in room for both; another one first."""
+    trace = trace_of([[Chunk(0, 0, [0], [1], [1.0]), Chunk(0, 1, [1], [1], [1.0])]] * 2, (NUM_EXPERTS,) * 2)
+    sure = np.array([1], np.int32), np.array([1.0], np.float32)
+    ahead = Foreseen(np.array([0, 1, 1, 2, 2]), np.repeat(sure[0], 2), np.repeat(sure[1], 2))
+    foretold = Foretold(ahead, [NUM_EXPERTS] * 2)
+    prefetcher = Prefetcher({"told": foretold}, [Link(0, 1)], always=True)
+    for reads_ahead, ms in ((True, [1 + 2 + 2, 4]), (False, [1 + 2 + 1 + 2, 4])):
+        cell = Cell(4 * PAGE, LRU())
+        if reads_ahead:
+            cell = cell._replace(before_chunk=foretold.begin, prefetcher=prefetcher)
+        found = replay(trace, cell, alone, lambda blob: PAGE, Times(READ_S, 2.0))
+        assert found.ms.tolist() == pytest.approx([1e3 * seconds for seconds in ms])
+        assert found.hits.tolist() == [int(reads_ahead), 2]
+        assert (found.tally.prefetched, found.tally.prefetch_wasted) == (PAGE * reads_ahead, 0)
 
 
 # Belady

@@ -16,6 +16,7 @@ from comoe.memory.cache import BlobCache
 from comoe.memory.prefetch import Prefetcher
 from comoe.plan.footprint import CHUNK_TOKENS
 from comoe.plan.ledger import Ledger
+from comoe.plan.missrule import MissRule
 from comoe.plan.planner import Plan
 from comoe.runtime.experts import Floats, SiteMath
 from comoe.store.manifest import Manifest
@@ -177,8 +178,8 @@ class ServedLayer:
         return [serving.way(layer, expert, serving.plan.target).blobs for layer, expert in found]
 
     def _may_take_floor(self, use: Use) -> bool:
-        cheap = use.gate < self.serving.plan.wait_threshold * len(use.tokens)
-        return cheap and self.serving.ledger.allows_floor(self._index, use.gate)
+        rule = MissRule(self.serving.plan, self.serving.ledger)
+        return rule.takes_floor(self._index, use.gate, len(use.tokens))
 
 
 def floats(x: Tensor) -> Floats:

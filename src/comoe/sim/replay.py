@@ -15,6 +15,7 @@ from comoe.memory.arena import held_size
 from comoe.memory.policy import Policy
 from comoe.memory.prefetch import Prefetcher
 from comoe.memory.residency import Group, Residency, Tally, first_ready
+from comoe.plan.missrule import MissRule
 from comoe.store.trace import Chunk, Trace
 from comoe.types import BlobId, ExpertId
 
@@ -34,26 +35,30 @@ class Cell(NamedTuple):
     """What is replayed against a trace: `capacity` bytes of memory, and how blobs leave it.
 
     `before_chunk` is told the number of every chunk before it asks for anything: for a policy or a predictor that knows
-    the trace. `prefetcher` says what is read ahead; None: nothing is.
+    the trace. `prefetcher` says what is read ahead; None: nothing is. `miss` says which uses take the floor, whose
+    blobs `floor_of` answers: they are in memory from the beginning.
     """
 
     capacity: int
     policy: Policy
     before_chunk: Callable[[int], None] = lambda chunk: None
     prefetcher: Prefetcher | None = None
+    miss: MissRule | None = None
+    floor_of: GroupOf | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Replayed:
     """What each of P passes took, all (P,): virtual milliseconds, uses of experts and hits among them.
 
-    Of bytes: those of all uses, those of them that were resident when asked for, and those that were read. `tally` is
-    of all passes together.
+    Uses that take the floor are no hits. Of bytes: those of all uses in the wanted form, those of them that were
+    resident when asked for, and those that were read. `tally` is of all passes together, as the ledger is.
     """
 
     ms: npt.NDArray[np.float64]
     uses: npt.NDArray[np.int64]
     hits: npt.NDArray[np.int64]
+    floor_uses: npt.NDArray[np.int64]
     bytes_used: npt.NDArray[np.int64]
     bytes_hit: npt.NDArray[np.int64]
     bytes_read: npt.NDArray[np.int64]
@@ -70,7 +75,7 @@ class Replayed:
         return float(self.bytes_hit.sum() / max(self.bytes_used.sum(), 1))
 
 
-COUNTED = ("uses", "hits", "bytes_used", "bytes_hit", "bytes_read")
+COUNTED = ("uses", "hits", "floor_uses", "bytes_used", "bytes_hit", "bytes_read")
 """What is counted of every pass."""
 
 
@@ -80,7 +85,9 @@ def replay(
     """What `trace` would have taken; `nbytes` is a blob's size. Raises DoesNotFit where memory holds no group."""
     times, nbytes = times or Times(), cache(nbytes)
     virtual = VirtualCache(cell, nbytes, times)
-    totals = np.zeros((len(trace.tokens), 6))
+    if cell.floor_of is not None:
+        virtual.hold([cell.floor_of(expert) for expert in _all_experts(trace)])
+    totals = np.zeros((len(trace.tokens), 1 + len(COUNTED)))
     pauses_s = trace.tokens * times.token_s / np.maximum(np.diff(trace.chunks), 1)
     for at, (chunk, groups) in enumerate(grouped(trace, group_of)):
         in_pass = chunk.in_pass
@@ -91,14 +98,35 @@ def replay(
         hits = [virtual.resident(group) for group in groups]
         used = [blob for group in groups for blob in group]
         hit_bytes = sum(nbytes(blob) for blob in used if virtual.resident([blob]))
-        virtual.serve(groups, [group_of(expert) for expert in ahead])
+        coarse = _coarse(cell, chunk, hits, decode=trace.tokens[in_pass] == 1)
+        virtual.hint([group for group, floor in zip(groups, coarse, strict=True) if floor is not None])
+        served = [group if floor is None else floor for group, floor in zip(groups, coarse, strict=True)]
+        virtual.serve(served, [group_of(expert) for expert in ahead])
         took_ms, bytes_read = 1e3 * (virtual.now_s - start_s), virtual.bytes_read - read
-        totals[in_pass] += (took_ms, len(groups), sum(hits), sum(map(nbytes, used)), hit_bytes, bytes_read)
+        num_coarse = len(coarse) - coarse.count(None)
+        counted = (len(groups), sum(hits), num_coarse, sum(map(nbytes, used)), hit_bytes, bytes_read)
+        totals[in_pass] += (took_ms, *counted)
     return Replayed(
         ms=totals[:, 0],
         **{name: totals[:, at].astype(np.int64) for at, name in enumerate(COUNTED, 1)},
         tally=virtual.tally,
     )
+
+
+def _all_experts(trace: Trace) -> Iterator[ExpertId]:
+    return (ExpertId(layer, expert) for layer, size in enumerate(trace.experts.tolist()) for expert in range(size))
+
+
+def _coarse(cell: Cell, chunk: Chunk, hits: Sequence[bool], *, decode: bool) -> list[Group | None]:
+    """The floor of every use that takes it, in the order in which the runtime asks; prompts never do."""
+    if cell.miss is None or cell.floor_of is None:
+        return [None] * len(hits)
+    found: list[Group | None] = []
+    for expert, tokens, gate, hit in zip(chunk.experts, chunk.counts, chunk.gates, hits, strict=True):
+        floor = decode and not hit and cell.miss.takes_floor(chunk.layer, gate, tokens)
+        cell.miss.ledger.add(chunk.layer, "floor" if floor else "target", gate, floor=floor, decode=decode)
+        found.append(cell.floor_of(ExpertId(chunk.layer, expert)) if floor else None)
+    return found
 
 
 def _ahead(prefetcher: Prefetcher | None, chunk: Chunk, tokens: int, now_s: float) -> list[ExpertId]:
@@ -153,6 +181,20 @@ class VirtualCache:
             self.advance(self._times.use_s)
             self._residency.release(ticket)
             self._begin()
+
+    def hold(self, groups: Sequence[Group]) -> None:
+        """Have all groups in memory for ever, before anything begins."""
+        for blob in dict.fromkeys(blob for group in groups for blob in group):
+            ticket = self._residency.demand([blob])
+            while (loading := self._residency.next_load()) is not None:
+                self._residency.loaded(loading)
+            self._residency.hold([blob])
+            self._residency.release(ticket)
+
+    def hint(self, groups: Sequence[Group]) -> None:
+        """Read groups when there is nothing better to read."""
+        for group in groups:
+            self._residency.prefetch(group)
 
     def advance(self, seconds: float) -> None:
         """Compute for so long; reads that end meanwhile have ended, and the next have begun."""
