@@ -114,9 +114,13 @@ class Contest(Subject):
         return Recipe(texts=self._material.calibration, num_tokens=self._scope.calibration_tokens)
 
     @cached_property
+    def calibration(self) -> dict[str, list[list[int]]]:
+        """The windows of calibration text by domain, those that forms are fitted to and others."""
+        return cut(self.tokenizer, self.recipe.texts, self._window_length, self.recipe.num_tokens)
+
+    @cached_property
     def bank(self) -> Bank:
-        text = cut(self.tokenizer, self.recipe.texts, self._window_length, self.recipe.num_tokens)
-        chosen = fitted(text)
+        chosen = fitted(self.calibration)
         batches = [chosen[at : at + BATCH_WINDOWS] for at in range(0, len(chosen), BATCH_WINDOWS)]
         return Bank(self.folder, self.tokenizer, batches, self._work / f"{self.name}.inputs")
 
@@ -244,9 +248,14 @@ def step_within(opened: Pack, manifest: Manifest, bank: Bank, share: float) -> t
     if not small:
         return None
     step = max(small, key=sizes.__getitem__)
-    assignment = enumerate(manifest.assignment(step.name))
+    return step, rung_weights(opened, manifest, bank, step.name)
+
+
+def rung_weights(opened: Pack, manifest: Manifest, bank: Bank, rung: str) -> Approximation:
+    """The weights of a form or a step; `manifest` is the pack's, or has another chain of its forms."""
+    assignment = enumerate(manifest.assignment(rung))
     weights = [_layer_weights(opened, bank, layer, forms) for layer, forms in assignment]
-    return step, Approximation(weights, sizes[step])
+    return Approximation(weights, manifest.form_bytes(rung))
 
 
 def _layer_weights(opened: Pack, bank: Bank, layer: int, forms: tuple[str, ...]) -> list[dict[str, torch.Tensor]]:

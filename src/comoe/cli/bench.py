@@ -13,6 +13,7 @@ from comoe.types import UsageError
 
 BENCHMARKS = {
     "cache": ("comoe.bench.cache", "comoe.bench.cache_figures"),
+    "joint": ("comoe.bench.joint", "comoe.bench.joint_figures"),
     "ladder": ("comoe.bench.ladder", "comoe.bench.ladder_figures"),
     "quality": ("comoe.bench.quality", "comoe.bench.figures"),
 }
