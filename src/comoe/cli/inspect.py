@@ -128,5 +128,6 @@ def describe(manifest: Manifest) -> dict[str, Any]:
             "calibration": manifest.provenance.calibration,
             "calibration_tokens": manifest.provenance.calibration_tokens,
             "seed": manifest.provenance.seed,
+            "healing_steps": manifest.provenance.healing_steps,
         },
     }

@@ -42,6 +42,16 @@ def command(
             f"bytes, of {', '.join(FORMS)}.",
         ),
     ] = None,
+    heal: Annotated[
+        int,
+        Option(
+            envvar="COMOE_HEAL",
+            min=0,
+            metavar="STEPS",
+            help="Train coarse experts' scales end to end for so many steps, where all experts fit in memory; no byte "
+            "is added. 100 are a good number.",
+        ),
+    ] = 0,
     self_contained: Annotated[bool, switch("self-contained", "Copy the exact experts into the pack.")] = False,
     threads: Threads = None,
     seed: Seed = SEED,
@@ -69,6 +79,7 @@ def command(
         self_contained=self_contained,
         seed=seed,
         threads=threads,
+        heal=heal,
     )
     with progress_bar() as progress:
         report = pack(checkpoint, output, recipe, progress, say)

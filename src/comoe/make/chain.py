@@ -63,7 +63,12 @@ def choices_of(manifest: Manifest) -> Choices | None:
 
 
 def with_chain(manifest: Manifest, certify: Certify | None, *, shared: bool | None, pruned: bool) -> Manifest:
-    """`manifest` with its chain; `certify` answers the certificates of a manifest's steps, None: there are none.
+    """`manifest` with its chain, certified; see `chosen` and `certified`."""
+    return certified(chosen(manifest, certify, shared=shared, pruned=pruned), certify)
+
+
+def chosen(manifest: Manifest, certify: Certify | None, *, shared: bool | None, pruned: bool) -> Manifest:
+    """`manifest` with its chain; `certify` answers the certificates of a manifest's steps, but they are not kept.
 
     `shared` is whether experts may share blobs; None: if that loses less, measured. `pruned`: without unused forms.
     """
@@ -74,6 +79,11 @@ def with_chain(manifest: Manifest, certify: Certify | None, *, shared: bool | No
     manifest = msgspec.structs.replace(manifest, chain=chain(manifest, up_to))
     if pruned and manifest.chain:
         manifest = restricted(manifest, used_forms(manifest.chain, manifest.forms))
+    return manifest
+
+
+def certified(manifest: Manifest, certify: Certify | None) -> Manifest:
+    """`manifest` with the certificates of its chain's steps."""
     if certify is None or not manifest.chain:
         return manifest
     found = certify(manifest)

@@ -1,9 +1,17 @@
-"""The sizes of a model's dense part, read from transformers' config once, at packing time."""
+"""A model's dense part: written into a pack, and its sizes, read from transformers' config once, at packing time."""
 
+import shutil
+from pathlib import Path
 from typing import Any
 
-from comoe.store.checkpoint import model_class
-from comoe.store.manifest import DenseEntry
+import msgspec
+import torch
+
+from comoe.store.checkpoint import Checkpoint, model_class
+from comoe.store.densefile import RawTensor, write_dense
+from comoe.store.manifest import DENSE, DenseEntry
+
+STORED = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.int64: "I64", torch.int32: "I32"}
 
 NAMES = {
     "hidden": ("hidden_size", "d_model"),
@@ -15,6 +23,25 @@ NAMES = {
     "head": ("head_dim", "d_kv", "kv_channels"),
 }
 """What families call a size; the first that is there counts."""
+
+
+def write_dense_part(checkpoint: Checkpoint, folder: Path) -> int:
+    """Write the weights outside the experts, the config and the tokenizer to `folder`; returns the weights' bytes."""
+    names = checkpoint.dense_names
+    nbytes = write_dense(folder / DENSE, names, (_raw(checkpoint, name) for name in names))
+    for path in sorted(checkpoint.folder.iterdir()):
+        if path.suffix in (".json", ".txt", ".model", ".jinja") and "index" not in path.name:
+            shutil.copyfile(path, folder / path.name)
+    config = msgspec.json.decode((checkpoint.folder / "config.json").read_bytes())
+    config.pop("quantization_config", None)
+    (folder / "config.json").write_bytes(msgspec.json.format(msgspec.json.encode(config)))
+    return nbytes
+
+
+def _raw(checkpoint: Checkpoint, name: str) -> RawTensor:
+    tensor = checkpoint.dense_tensor(name)
+    data = tensor.reshape(-1).view(torch.uint8).numpy().data
+    return RawTensor(name, STORED.get(tensor.dtype, "U8"), tuple(tensor.shape), data)
 
 
 def dense_entry(config: Any) -> DenseEntry:

@@ -1,7 +1,7 @@
 """What packing takes: bytes by the parts' layout; seconds by building an expert here, times the number of all."""
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,8 +18,11 @@ from comoe.forms.quantise import quantise
 from comoe.make.calibrate import LayerInputs, fitted, held_out
 from comoe.make.certify import CACHE_BYTES, MIN_HELD_OUT, Windows
 from comoe.make.chain import PROBED, SHARES
+from comoe.make.dense import dense_entry
+from comoe.make.heal import PROBES
 from comoe.make.layers import build
 from comoe.make.protocol import BATCH, DecoderEvaluation, EncoderDecoderEvaluation
+from comoe.make.pupil import HEALED, study_grids
 from comoe.make.recipe import Recipe
 from comoe.make.shared import EXPERTS_PER_CLUSTER, SHARING, Sharing
 from comoe.make.study import Layer, arrays
@@ -48,13 +51,14 @@ class Left:
     """What a run has still to do: a killed one's steps are not done again.
 
     `num_experts` are to be built, `dense_bytes` to be copied. `text` are windows of calibration text by domain; what
-    layers see of it may be `recorded` already.
+    layers see of it may be `recorded` already, and scales `healed`.
     """
 
     num_experts: int
     dense_bytes: int
     text: Windows
     recorded: bool = False
+    healed: bool = False
 
 
 def blank(checkpoint: Checkpoint) -> Any:
@@ -93,8 +97,10 @@ def seconds_to_pack(
             together.append(sum(map(len, judged)))
             seconds += sum(-(-number // BATCH) for number in together) * recorded_s
         if sizes and recipe.certified and sum(map(len, judged)) >= MIN_HELD_OUT:
-            steps = len(sizes) + 1 + 2 * (len(PROBED) + 1) * _sharing(forms)
+            steps = len(sizes) + 1 + 2 * (len(PROBED) + 1) * _sharing(forms) + PROBES * bool(recipe.heal)
             seconds += steps * sum(-(-len(windows) // BATCH) for windows in judged) * judged_s
+        if recipe.heal and sizes and not left.healed:
+            seconds += recipe.heal * _healing_s(layer, length * BATCH)
     return seconds
 
 
@@ -143,10 +149,7 @@ def _pass_s(layer: Layer, num_tokens: int, read_s: float, sizes: Sequence[float]
     """Seconds of a pass of `num_tokens` through the checkpoint, and through one of its chain's steps of `sizes`."""
     checkpoint, site, expert = layer.checkpoint, layer.site, layer.site.expert_bytes_bf16
     tensors = checkpoint.expert(layer.index, 0)
-    many = torch.randn(BATCH_TOKENS, _width(site))
-    dense_s = (
-        _timed(lambda: layer.run(many, tensors)) * num_tokens / len(many) * bytes_outside_experts(checkpoint) / expert
-    )
+    dense_s = _dense_s(layer, num_tokens)
     uses = num_tokens * _uses_of_one(layer)
     used = (1 - exp(-uses)) * sum(found.num_experts for found in checkpoint.sites)
     x = torch.randn(max(1, round(uses)), _width(site))
@@ -176,6 +179,31 @@ def _streamed_s(layer: Layer, read_s: float) -> float:
             into = memoryview(bytearray(extent.length))
             calls.append(partial(file.read, extent.offset, into, extent.length))
         return min(_timed(lambda: [call() for call in calls], warm=False) for _ in range(READS))
+
+
+def _healing_s(layer: Layer, num_tokens: int) -> float:
+    """Seconds of a step of healing: the exact model's pass, and there and back through a coarse one's."""
+    x = torch.randn(max(1, round(num_tokens * _uses_of_one(layer))), _width(layer.site))
+    tensors = layer.checkpoint.expert(layer.index, 0)
+    grids = study_grids(layer.study(0))
+
+    def step() -> None:
+        layer.run(x, tensors)
+        with torch.enable_grad():
+            put_out = expert_forward(layer.module, x.requires_grad_(), grids())
+            torch.autograd.backward(put_out.sum())
+
+    logits = torch.randn(num_tokens, dense_entry(layer.checkpoint.config).vocab)
+    told_s = _timed(lambda: logits.log_softmax(-1).exp().sum())
+    experts = sum(site.num_experts for site in layer.checkpoint.sites)
+    return 3 * (_dense_s(layer, num_tokens) + told_s) + experts * _timed(step)
+
+
+def _dense_s(layer: Layer, num_tokens: int) -> float:
+    """Seconds of a pass of `num_tokens` outside the experts."""
+    many, tensors = torch.randn(BATCH_TOKENS, _width(layer.site)), layer.checkpoint.expert(layer.index, 0)
+    share = bytes_outside_experts(layer.checkpoint) / layer.site.expert_bytes_bf16
+    return _timed(lambda: layer.run(many, tensors)) * num_tokens / len(many) * share
 
 
 def _noise(layer: Layer, num_experts: int, num_tokens: int) -> LayerInputs:
@@ -213,11 +241,18 @@ def _site_tokens(checkpoint: Checkpoint) -> int:
 def bytes_to_pack(checkpoint: Checkpoint, forms: Sequence[str], *, self_contained: bool) -> int:
     """Bytes that a pack in `forms` will take on disk, but for small files."""
     parts = {part for form in forms for part in FORM_PARTS[form]} - (set() if self_contained else {"exact"})
+    return _part_bytes(checkpoint, parts) + bytes_outside_experts(checkpoint)
+
+
+def healing_bytes(checkpoint: Checkpoint, forms: Sequence[str]) -> int:
+    """Bytes of healed parts, on disk beside those that were until the pack is whole."""
+    return _part_bytes(checkpoint, {part for form in forms for part in FORM_PARTS[form]} & {*HEALED})
+
+
+def _part_bytes(checkpoint: Checkpoint, parts: Collection[str]) -> int:
     rows = {part: 1 / EXPERTS_PER_CLUSTER if part in SHARED_PARTS else 1.0 for part in parts}
     sizes = ((site, part, layout(site, part).stride) for site in checkpoint.sites for part in parts)
-    return int(sum(site.num_experts * rows[part] * stride for site, part, stride in sizes)) + bytes_outside_experts(
-        checkpoint
-    )
+    return int(sum(site.num_experts * rows[part] * stride for site, part, stride in sizes))
 
 
 def bytes_outside_experts(checkpoint: Checkpoint) -> int:

@@ -8,9 +8,8 @@ import fcntl
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
-from errno import EDQUOT, ENOSPC
 from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
@@ -24,17 +23,19 @@ from blake3 import blake3
 from comoe.device import process
 from comoe.make.calibrate import LayerInputs, check_calibratable, cut, fitted, held_out, record, recorded
 from comoe.make.certify import MIN_HELD_OUT, Windows, certify
-from comoe.make.chain import with_chain
-from comoe.make.dense import dense_entry
+from comoe.make.chain import chosen, with_chain
+from comoe.make.dense import dense_entry, write_dense_part
 from comoe.make.estimate import (
     Left,
     blank,
     bytes_outside_experts,
     bytes_to_pack,
+    healing_bytes,
     recording_bytes,
     seconds_to_pack,
 )
 from comoe.make.foresight import foresight
+from comoe.make.heal import Lessons, better, check_healable, heal, rewritten
 from comoe.make.layers import build
 from comoe.make.protocol import Evaluation
 from comoe.make.recipe import CALIBRATED_FORMS, Recipe, Report
@@ -44,12 +45,10 @@ from comoe.runtime.generate import tokenizer_of
 from comoe.runtime.skeleton import load_skeleton
 from comoe.runtime.threads import use_threads
 from comoe.store.checkpoint import Checkpoint
-from comoe.store.densefile import RawTensor, write_dense
 from comoe.store.families import experts_modules
 from comoe.store.foresight import FORESIGHT, write_foresight
 from comoe.store.layout import quantised
 from comoe.store.manifest import (
-    DENSE,
     FORM_PARTS,
     FORMAT_VERSION,
     MANIFEST,
@@ -62,15 +61,14 @@ from comoe.store.manifest import (
 )
 from comoe.store.pack import Pack, file_hash, header_hash, source_entry
 from comoe.store.profile import PROFILE, write_profile
-from comoe.store.whole import UNFINISHED, whole
-from comoe.types import CheckpointError, ComoeError, Progress, StorageFull, UsageError
+from comoe.store.whole import UNFINISHED, disk_errors, whole
+from comoe.types import CheckpointError, Progress, StorageFull, UsageError
 from comoe.units import format_seconds, format_size
 
 INPUTS, JUDGED = "inputs", "judged"
 """Folders of what layers see: of the text that forms are fitted to, and of that which is held out."""
 
 BATCH_WINDOWS = 16
-STORED = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.int64: "I64", torch.int32: "I32"}
 
 
 def pack(
@@ -92,9 +90,11 @@ def pack(
     checkpoint = Checkpoint.open(source)
     if recipe.texts:
         check_calibratable(checkpoint)
-    packer = Packer(checkpoint, target, recipe, progress)
-    with _disk_errors(target), packer.alone(), packer.removed_when_refused():
-        manifest = packer.run(say)
+    packer = Packer(checkpoint, target, recipe, progress, say)
+    if recipe.heal:
+        check_healable(checkpoint, packer.forms, calibrated=bool(recipe.texts))
+    with disk_errors(target), packer.alone(), packer.removed_when_refused():
+        manifest = packer.run()
     return Report(
         model_type=manifest.model_type,
         layers=len(manifest.layers),
@@ -111,25 +111,28 @@ def pack(
 class Packer:
     """The steps of packing; each is skipped where its result is there already."""
 
-    def __init__(self, checkpoint: Checkpoint, target: Path, recipe: Recipe, progress: Progress) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, target: Path, recipe: Recipe, progress: Progress, say: Callable[[str], None]
+    ) -> None:
         unknown = sorted(set(recipe.forms) - set(FORM_PARTS))
         if unknown:
             raise UsageError(f"there is no form {unknown[0]!r}: choose from {', '.join(FORM_PARTS)}.")
-        self._checkpoint, self._target, self._recipe, self._progress = checkpoint, target, recipe, progress
+        self._checkpoint, self._target, self._recipe = checkpoint, target, recipe
+        self._progress, self._say = progress, say
         self._folder = target.with_name(f"{target.name}.partial")
         self._work = self._folder / "work"
         forms = {"exact", *recipe.forms} - (set() if recipe.texts else CALIBRATED_FORMS)
         if not all(any(quantised(leaf) for leaf in site.leaves) for site in checkpoint.sites):
             forms &= {"exact"}
-        self._forms = tuple(form for form in FORM_PARTS if form in forms)
+        self.forms = tuple(form for form in FORM_PARTS if form in forms)
         self.estimated_s = 0.0
 
-    def run(self, say: Callable[[str], None]) -> Manifest:
+    def run(self) -> Manifest:
         self._begin()
-        self._estimate(say)
+        self._estimate()
         dense_bytes = self._dense()
-        if dropped := [form for form in self._recipe.forms if form not in self._forms and self._recipe.texts]:
-            say(f"No rows of these experts divide into groups of 32, so there will be no {', '.join(dropped)}.")
+        if dropped := [form for form in self._recipe.forms if form not in self.forms and self._recipe.texts]:
+            self._say(f"No rows of these experts divide into groups of 32, so there will be no {', '.join(dropped)}.")
         inputs = self._calibrate()
         layers = self._layers(inputs)
         process.trim_malloc()
@@ -171,7 +174,7 @@ class Packer:
                 self._folder.rmdir()
             raise
 
-    def _estimate(self, say: Callable[[str], None]) -> None:
+    def _estimate(self) -> None:
         """Say how long the rest will take, from the time that one expert's steps take here."""
         copied = (self._work / "dense").exists()
         sites = enumerate(self._checkpoint.sites)
@@ -179,18 +182,19 @@ class Packer:
             num_experts=sum(site.num_experts for at, site in sites if not self._entry(at).exists()),
             dense_bytes=0 if copied else bytes_outside_experts(self._checkpoint),
             recorded=(self._work / "calibrated").exists(),
+            healed=(self._work / "healed.json").exists(),
             text=self._windows if self._recipe.texts else {},
         )
         self.estimated_s = seconds_to_pack(
-            self._checkpoint, self._blank, self._recipe, self._forms, left, self._work / "sample"
+            self._checkpoint, self._blank, self._recipe, self.forms, left, self._work / "sample"
         )
         seconds, nbytes = format_seconds(self.estimated_s), format_size(self._pack_bytes)
         takes = f"goes on: about {seconds} more, {nbytes}" if copied else f"takes about {seconds} and {nbytes}"
-        say(f"Packing {self._checkpoint.folder} {takes} of disk.")
+        self._say(f"Packing {self._checkpoint.folder} {takes} of disk.")
 
     @property
     def _pack_bytes(self) -> int:
-        return bytes_to_pack(self._checkpoint, self._forms, self_contained=self._recipe.self_contained)
+        return bytes_to_pack(self._checkpoint, self.forms, self_contained=self._recipe.self_contained)
 
     def _entry(self, layer: int) -> Path:
         """Where a layer's entry of the manifest is kept once the layer is done."""
@@ -211,7 +215,8 @@ class Packer:
 
     def _check_space(self) -> None:
         recording = recording_bytes(self._checkpoint, self._recipe.num_tokens) if self._recipe.texts else 0
-        needed = self._pack_bytes + recording
+        healed = healing_bytes(self._checkpoint, self.forms) if self._recipe.heal else 0
+        needed = self._pack_bytes + recording + healed
         parent = next(folder for folder in (self._folder, *self._folder.absolute().parents) if folder.exists())
         free = shutil.disk_usage(parent).free
         if needed > free:
@@ -228,27 +233,11 @@ class Packer:
 
     def _dense(self) -> int:
         """The dense part, the config and the tokenizer."""
-        checkpoint, done = self._checkpoint, self._work / "dense"
+        done = self._work / "dense"
         if not done.exists():
             self._progress("dense part", 0.0)
-            names = checkpoint.dense_names
-            nbytes = write_dense(self._folder / DENSE, names, map(self._raw, names))
-            self._copy_small_files()
-            done.write_text(str(nbytes))
+            done.write_text(str(write_dense_part(self._checkpoint, self._folder)))
         return int(done.read_text())
-
-    def _raw(self, name: str) -> RawTensor:
-        tensor = self._checkpoint.dense_tensor(name)
-        data = tensor.reshape(-1).view(torch.uint8).numpy().data
-        return RawTensor(name, STORED.get(tensor.dtype, "U8"), tuple(tensor.shape), data)
-
-    def _copy_small_files(self) -> None:
-        for path in sorted(self._checkpoint.folder.iterdir()):
-            if path.suffix in (".json", ".txt", ".model", ".jinja") and "index" not in path.name:
-                shutil.copyfile(path, self._folder / path.name)
-        config = msgspec.json.decode((self._checkpoint.folder / "config.json").read_bytes())
-        config.pop("quantization_config", None)
-        (self._folder / "config.json").write_bytes(msgspec.json.format(msgspec.json.encode(config)))
 
     def _calibrate(self) -> bool:
         """Run the calibration text once; False where there is none."""
@@ -303,14 +292,18 @@ class Packer:
             self._progress(f"layer {index + 1} of {len(sites)}", 0.2 + 0.6 * index / len(sites))
             done = self._entry(index)
             if not done.exists():
-                layer = Layer(self._checkpoint, index, module, None, self._folder)
-                if calibrated:
-                    inputs, judged = (self._recorded(name, index) for name in (INPUTS, JUDGED))
-                    layer = replace(layer, inputs=inputs, judged=judged, compensated=self._recipe.compensated)
-                entry = build(layer, self._forms, self._recipe.sharing, self_contained=self._recipe.self_contained)
+                layer = self._layer(index, module, calibrated=calibrated)
+                entry = build(layer, self.forms, self._recipe.sharing, self_contained=self._recipe.self_contained)
                 self._write(f"work/{done.name}", encode(entry))
             entries.append(decode(done.read_bytes(), LayerEntry, done))
         return tuple(entries)
+
+    def _layer(self, index: int, module: Any, *, calibrated: bool) -> Layer:
+        layer = Layer(self._checkpoint, index, module, None, self._folder)
+        if not calibrated:
+            return layer
+        inputs, judged = (self._recorded(name, index) for name in (INPUTS, JUDGED))
+        return replace(layer, inputs=inputs, judged=judged, compensated=self._recipe.compensated)
 
     def _manifest(self, dense_bytes: int, layers: tuple[LayerEntry, ...], calibrated: bool) -> Manifest:
         checkpoint, recipe = self._checkpoint, self._recipe
@@ -321,7 +314,7 @@ class Packer:
             model_type=checkpoint.model_type,
             dtype=checkpoint.dtype,
             experts_per_token=checkpoint.experts_per_token,
-            forms=self._forms,
+            forms=self.forms,
             layers=layers,
             chain=(),
             provenance=Provenance(
@@ -350,12 +343,43 @@ class Packer:
     def _with_chain(self, manifest: Manifest) -> Manifest:
         """The manifest with its chain, certified where there is text enough; forms that it does not use are left out
         where nobody named them."""
-        text = held_out(self._windows)
+        text, recipe = held_out(self._windows), self._recipe
+        self._drop_model()
+        enough = recipe.certified and sum(map(len, text.values())) >= MIN_HELD_OUT
+        certify = partial(self._certify, text) if enough else None
+        if not recipe.heal:
+            return with_chain(manifest, certify, shared=recipe.shared, pruned=recipe.pruned)
+        choose = partial(chosen, manifest, certify, shared=recipe.shared, pruned=recipe.pruned)
+        plain = self._kept("chosen", choose)
+        return better(plain, self._kept("healed", partial(self._healed, plain)), certify, self._say)
+
+    def _drop_model(self) -> None:
         for name in ("_model", "_evaluation"):
             self.__dict__.pop(name, None)
-        enough = self._recipe.certified and sum(map(len, text.values())) >= MIN_HELD_OUT
-        certify = partial(self._certify, text) if enough else None
-        return with_chain(manifest, certify, shared=self._recipe.shared, pruned=self._recipe.pruned)
+
+    def _kept(self, name: str, make: Callable[[], Manifest]) -> Manifest:
+        """A manifest on the way to the last one, made now or by an earlier run."""
+        path = self._work / f"{name}.json"
+        if not path.exists():
+            self._write(f"work/{path.name}", encode(make()))
+        found: Manifest = decode(path.read_bytes(), Manifest, path)
+        return found
+
+    def _healed(self, manifest: Manifest) -> Manifest:
+        """`manifest` with healed scales, in files beside those that were."""
+        self._write(MANIFEST, encode(manifest))
+        number = self._recipe.heal
+        lessons = Lessons(
+            number, self._recipe.seed, lambda at, _: self._progress("healing", 0.8 + 0.2 * (at + 1) / number)
+        )
+        with closing(Pack(self._folder)) as opened:
+            scales = heal(opened, self._checkpoint, self._evaluation, fitted(self._windows), lessons)
+            modules = enumerate(experts_modules(self._model))
+            layers = (self._layer(at, module, calibrated=True) for at, (_, module) in modules)
+            entries = tuple(rewritten(layer, opened, scales) for layer in layers)
+        self._drop_model()
+        provenance = msgspec.structs.replace(manifest.provenance, healing_steps=number if scales else 0)
+        return msgspec.structs.replace(manifest, layers=entries, provenance=provenance)
 
     def _certify(self, held_out: Windows, manifest: Manifest) -> dict[str, Certificate]:
         """Certificates of the manifest's chain, but for exact, by step."""
@@ -377,18 +401,3 @@ class Packer:
         """Write a file of the partial folder so that it is whole or not there."""
         with whole(self._folder / name) as file:
             file.write(data)
-
-
-@contextmanager
-def _disk_errors(target: Path) -> Iterator[None]:
-    """A full disk as StorageFull; what was made so far stays, to be gone on with."""
-    try:
-        yield
-    except OSError as error:
-        if isinstance(error, ComoeError | BrokenPipeError):
-            raise
-        if error.errno not in (ENOSPC, EDQUOT):
-            raise UsageError(f"{target} cannot be made ({error}): choose another place.") from error
-        raise StorageFull(
-            f"the disk is full: {target} was not made. Make room and run the same command to go on."
-        ) from error

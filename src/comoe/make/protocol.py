@@ -134,12 +134,22 @@ class Evaluation(ABC):
         heed: Callable[[Tensor], None] = lambda logits: None,
     ) -> Tensor:
         """Nats (B * copies, T) of targets (B * copies, T); 0 where there is no target."""
-        before, state = self.begin(self._tensor(prompts), len(targets) // len(prompts))
-        given = torch.cat([before, targets[:, :-1].clamp(min=0)], 1)
-        logits = self.model(**{self.tokens_argument: given}, **state, use_cache=False).logits
+        logits = self._logits(prompts, targets)
         heed(logits)
         flat = cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=NO_TARGET, reduction="none")
         return flat.view_as(targets).cpu()
+
+    def logits(self, text_windows: Sequence[Sequence[int]]) -> Tensor:
+        """Logits (B, T, V) of the targets of windows of equal length; gradients flow where they are asked for."""
+        prompts, targets = zip(*map(self.split, text_windows), strict=True)
+        return self._logits(prompts, self._tensor(targets))
+
+    def _logits(self, prompts: Sequence[Sequence[int]], targets: Tensor) -> Tensor:
+        """Logits (B * copies, T, V) of targets (B * copies, T)."""
+        before, state = self.begin(self._tensor(prompts), len(targets) // len(prompts))
+        given = torch.cat([before, targets[:, :-1].clamp(min=0)], 1)
+        found: Tensor = self.model(**{self.tokens_argument: given}, **state, use_cache=False).logits
+        return found
 
     def _tensor(self, ids: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
         return torch.tensor(ids, device=self.model.device)

@@ -15,8 +15,9 @@ class Recipe:
     """What to make. Without `texts` nothing is calibrated: no shared experts, plain rounding, no chain.
 
     `pruned`: forms that no step of the chain uses are left out. `shared` says whether the chain may let experts share
-    blobs; None: whichever loses less, measured. The rest is there to be left out by who compares: without `compensated`
-    weights are rounded to nearest, without `certified` no step has a certificate.
+    blobs; None: whichever loses less, measured. `heal` is for how many steps scales are trained end to end, 0: not at
+    all. The rest is there to be left out by who compares: without `compensated` weights are rounded to nearest, without
+    `certified` no step has a certificate.
     """
 
     forms: tuple[str, ...] = FORMS
@@ -30,6 +31,7 @@ class Recipe:
     shared: bool | None = None
     compensated: bool = True
     certified: bool = True
+    heal: int = 0
 
 
 @dataclass(frozen=True, slots=True)

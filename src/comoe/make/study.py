@@ -15,7 +15,7 @@ from comoe.forms.compensate import Gram
 from comoe.forms.merge import HiddenUnits
 from comoe.forms.quantise import Planes
 from comoe.make.calibrate import LayerInputs
-from comoe.runtime.experts import SiteMath
+from comoe.runtime.experts import TORCH_DTYPES, SiteMath
 from comoe.runtime.hook import expert_forward, plain_activation
 from comoe.store.blobfile import BlobWriter, read_header
 from comoe.store.checkpoint import Checkpoint
@@ -206,6 +206,17 @@ def blob_bytes(site: Site, part: str, tensors: dict[tuple[str, str], Tensor]) ->
         assert tuple(tensor.shape) == field.shape, (field, tensor.shape)
         data[field.offset : field.offset + field.nbytes] = tensor.reshape(-1).view(torch.uint8).numpy()
     return data.tobytes()
+
+
+def blob_fields(site: Site, part: str, blob: bytes) -> dict[tuple[str, str], Tensor]:
+    """The tensors of a blob's fields by (leaf, plane): what `blob_bytes` made it of."""
+    data = torch.frombuffer(bytearray(blob), dtype=torch.uint8)
+    return {
+        (field.leaf, field.plane): data[field.offset : field.offset + field.nbytes]
+        .view(TORCH_DTYPES[field.dtype])
+        .view(field.shape)
+        for field in layout(site, part).fields
+    }
 
 
 def oriented(leaf: Leaf, tensor: Tensor) -> Tensor:

@@ -142,13 +142,17 @@ class DenseEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Provenance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How the pack was made; no times, so that the same input gives the same bytes."""
+    """How the pack was made; no times, so that the same input gives the same bytes.
+
+    `healing_steps` is how long scales were trained end to end: 0 where that was not asked for, or did not help.
+    """
 
     comoe: str
     transformers: str
     calibration: str
     calibration_tokens: int
     seed: int
+    healing_steps: int = 0
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
