@@ -1,17 +1,16 @@
-"""How far end-to-end healing would move coarse experts: one JSON document on stdout.
+"""How far end-to-end healing moves coarse experts: one JSON document on stdout.
 
-Every scale (a row's group of 32 weights) of comoe's steps, and of GPTQ's two bits, is trained for the same number of
-steps to give the exact model's distribution back (KL divergence) on calibration text alone; no byte is added. All
-experts and what autograd keeps are in memory, so this is for models that fit. Rows are kept in --rows; packs are taken
-from, or left in, --work. Raw results in healing.json.
+comoe's rows are of packs made with and without `--heal`, everything else alike: one set of scales for all coarse steps,
+none of them for one size. The others' scales (a row's group of weights) are trained by the same code, on the same text,
+for as many steps, and only for the size they are shown at. Rows are kept in --rows; packs are taken from, or left in,
+--work. Raw results in healing.json.
 """
 
 import argparse
-import copy
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,111 +18,115 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch import Tensor
 
-from comoe.bench.bank import Approximation, put
+from comoe.bench.bank import Approximation, Bank
 from comoe.bench.ladder import FULL, Contest, step_within
 from comoe.bench.losses import loss_columns
 from comoe.bench.material import read_material
-from comoe.bench.published import METHODS
+from comoe.bench.published import METHODS, group_of
 from comoe.bench.rows import Job, Row, RowFile, collect
 from comoe.device.machine import machine
+from comoe.make.heal import BATCH, RATE, Lessons, train
 from comoe.make.protocol import Evaluation
+from comoe.make.pupil import Grid, PupilLayer
 from comoe.make.score import Score
+from comoe.make.study import oriented
 from comoe.runtime.generate import quiet_transformers
-from comoe.store.families import experts_modules
+from comoe.runtime.skeleton import load_skeleton
+from comoe.store.layout import quantised
 from comoe.store.pack import Pack
+from comoe.types import Leaf
 
-GROUP = 32
 WINDOWS = 24
-STEPS = 150
-BATCH = 8
-RATE = 3e-3
+STEPS = 100
 CASES = (("comoe", 0.16), ("comoe", 0.08), ("gptq", 0.16))
 
 
-class Scaled(nn.Module):
-    """A weight (..., cols) whose groups are scaled, each by its own factor."""
+class Given:
+    """The `Weights` of a layer: what a method made of its experts, every group of them scaled, and the exact ones."""
 
-    def __init__(self, shape: torch.Size) -> None:
-        super().__init__()
-        self.factor = nn.Parameter(torch.ones(*shape[:-1], shape[-1] // GROUP))
+    def __init__(self, bank: Bank, at: int, made: Approximation) -> None:
+        self._exact, self._leaves = bank.experts[at], bank.checkpoint.sites[at].leaves
+        self._made = [
+            {leaf.name: _grid(leaf, tensors[leaf.name]) for leaf in self._leaves if quantised(leaf)}
+            for tensors in made.weights[at]
+        ]
+        self._rest = made.weights[at]
 
-    def forward(self, weight: Tensor) -> Tensor:
-        return weight * self.factor.repeat_interleave(GROUP, -1)
+    def __call__(self, expert: int, form: str) -> dict[str, Tensor]:
+        if form == "exact":
+            return self._exact[expert]
+        scaled = {leaf.name: self._scaled(leaf, expert) for leaf in self._leaves if quantised(leaf)}
+        return {**self._rest[expert], **scaled}
+
+    @property
+    def factors(self) -> Iterator[torch.nn.Parameter]:
+        return (grid.factor for grids in self._made for grid in grids.values())
+
+    def _scaled(self, leaf: Leaf, expert: int) -> Tensor:
+        weight = self._made[expert][leaf.name].weight
+        return weight.t() if leaf.transposed else weight
 
 
-@contextmanager
-def scaled(model: Any) -> Iterator[list[nn.Parameter]]:
-    """The factors of all experts of a model whose experts are stacked tensors; they are gone afterwards."""
-    modules = [module for _, module in experts_modules(model)]
-    model.requires_grad_(False)
-    for module in modules:
-        for name in ("gate_up_proj", "down_proj"):
-            parametrize.register_parametrization(module, name, Scaled(getattr(module, name).shape), unsafe=True)
-    try:
-        yield [parameter for parameter in model.parameters() if parameter.requires_grad]
-    finally:
-        for module in modules:
-            for name in ("gate_up_proj", "down_proj"):
-                parametrize.remove_parametrizations(module, name, leave_parametrized=False)
+def _grid(leaf: Leaf, tensor: Tensor) -> Grid:
+    """A matrix that is there as a product already: its scales are all one."""
+    levels = oriented(leaf, tensor).reshape(leaf.rows, -1, group_of(leaf))
+    return Grid(levels, torch.ones(levels.shape[:2]))
 
 
-def healed(contest: Contest, made: Approximation) -> Row:
-    """The loss of `made` before and after its scales were trained."""
+def published_row(contest: Contest, method: str, share: float) -> Row:
+    """What a method makes of a model, before and after its scales were trained."""
     bank = contest.bank
-    exact, before = bank.nats(None, contest.windows), bank.nats(made, contest.windows)
-    pupil = bank.model
-    teacher = copy.deepcopy(pupil)
-    for (_, module), experts in zip(experts_modules(teacher), bank.experts, strict=True):
-        put(module, experts)
+    made = METHODS[method](bank, share)
+    assert made is not None and made.kept is None
+    given = [Given(bank, at, made) for at in range(len(bank.experts))]
+    layers = [PupilLayer(found, len(experts)) for found, experts in zip(given, bank.experts, strict=True)]
+    evaluation = Evaluation.for_model(load_skeleton(contest.folder, torch.float32), contest.tokenizer)
+    assignment = [[method] * len(experts) for experts in bank.experts]
+    divergences: list[float] = []
+    lessons = Lessons(STEPS, heed=lambda step, divergence: divergences.append(divergence))
     start_s = perf_counter()
-    with scaled(pupil) as factors:
-        divergences = list(train(pupil, teacher, factors, torch.tensor(bank.fitted)))
-        seconds = perf_counter() - start_s
-        evaluation = Evaluation.for_model(pupil, contest.tokenizer, batch=2 * BATCH)
-        with torch.no_grad():
-            after = Score({name: evaluation.nats(found) for name, found in contest.windows.items()})
-    return {
-        "bytes": made.nbytes,
-        "seconds": seconds,
-        "kl_first": sum(divergences[:10]) / 10,
-        "kl_last": sum(divergences[-10:]) / 10,
-        "before": loss_columns(before, exact),
-        "after": loss_columns(after, exact),
-        "after_over_before": loss_columns(after, before),
-    }
+    factors = [factor for found in given for factor in found.factors]
+    train(evaluation, layers, [assignment], factors, bank.fitted, lessons)
+    seconds = perf_counter() - start_s
+    with torch.no_grad():
+        weights = [
+            [found(at, method) for at in range(layer.num_experts)]
+            for found, layer in zip(given, bank.checkpoint.sites, strict=True)
+        ]
+    healed = Approximation(weights, made.nbytes)
+    ends = {"kl_first": sum(divergences[:10]) / 10, "kl_last": sum(divergences[-10:]) / 10}
+    return {"seconds": seconds, **ends, **compared(contest, made, healed)}
 
 
-def train(pupil: Any, teacher: Any, factors: Sequence[nn.Parameter], windows: Tensor) -> Iterator[float]:
-    """Adam on random windows, its rate falling to nothing; yields the divergence of every step."""
-    optimizer = torch.optim.Adam(factors, lr=RATE)
-    generator = torch.Generator().manual_seed(0)
-    for step in range(STEPS):
-        for group in optimizer.param_groups:
-            group["lr"] = RATE * (1 - step / STEPS)
-        ids = windows[torch.randint(len(windows), (BATCH,), generator=generator)]
-        with torch.no_grad():
-            wanted = teacher(input_ids=ids).logits.log_softmax(-1)
-        got = pupil(input_ids=ids).logits.log_softmax(-1)
-        divergence = (wanted.exp() * (wanted - got)).sum(-1).mean()
-        optimizer.zero_grad()
-        divergence.backward()
-        optimizer.step()
-        yield float(divergence.detach())
+def our_row(contest: Contest, share: float) -> Row:
+    """The same step of two packs, one of them healed."""
+    step, plain = taken(contest, 0, share)
+    healed_step, healed = taken(contest, STEPS, share)
+    assert step["step"] == healed_step["step"]
+    return {**healed_step, **compared(contest, plain, healed)}
 
 
-def row(contest: Contest, method: str, share: float) -> Row:
-    if method != "comoe":
-        made = METHODS[method](contest.bank, share)
-        assert made is not None
-        return healed(contest, made)
-    with closing(Pack(contest.pack(contest.recipe))) as opened:
+def taken(contest: Contest, heal: int, share: float) -> tuple[Row, Approximation]:
+    """The finest step within `share` of a pack that was healed for so many steps."""
+    with closing(Pack(contest.pack(replace(contest.recipe, heal=heal)))) as opened:
         found = step_within(opened, opened.manifest, contest.bank, share)
-    assert found is not None
-    step, made = found
-    return {"step": step.name, **healed(contest, made)}
+        assert found is not None
+        step, made = found
+        return {"step": step.name, "healing_steps": opened.manifest.provenance.healing_steps}, made
+
+
+def compared(contest: Contest, before: Approximation, after: Approximation) -> Row:
+    """Losses against the exact model, and the healed one's against the other."""
+    scores: list[Score] = [contest.bank.nats(made, contest.windows) for made in (None, before, after)]
+    assert before.nbytes == after.nbytes
+    return {
+        "bytes": after.nbytes,
+        "before": loss_columns(scores[1], scores[0]),
+        "after": loss_columns(scores[2], scores[0]),
+        "after_over_before": loss_columns(scores[2], scores[1]),
+    }
 
 
 def measure(checkpoints: Sequence[Path], shared: Path, work: Path, rows: Path | None) -> dict[str, Any]:
@@ -131,10 +134,14 @@ def measure(checkpoints: Sequence[Path], shared: Path, work: Path, rows: Path | 
     contests = [Contest(folder, material, replace(FULL, windows=WINDOWS), work) for folder in checkpoints]
     settings = {"windows_per_domain": WINDOWS, "steps": STEPS, "batch": BATCH, "rate": RATE, "texts": material.hash}
     jobs = [
-        Job({"model": contest.name, "method": method, "share": share}, {"model": contest.hash, **settings},
-            partial(row, contest, method, share))
-        for contest in contests for method, share in CASES
-    ]  # fmt: skip
+        Job(
+            {"model": contest.name, "method": method, "share": share},
+            {"model": contest.hash, **settings},
+            partial(our_row, contest, share) if method == "comoe" else partial(published_row, contest, method, share),
+        )
+        for method, share in CASES
+        for contest in contests
+    ]
     found = collect(jobs, RowFile(rows), lambda step, done: print(f"{done:4.0%} {step}", file=sys.stderr))
     return {"name": "healing", "machine": machine(), "settings": settings, "rows": found}
 
@@ -142,7 +149,7 @@ def measure(checkpoints: Sequence[Path], shared: Path, work: Path, rows: Path | 
 def main(words: Sequence[str] | None = None) -> None:
     """Read the flags, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("checkpoints", nargs="+", type=Path, help="Decoder-only models whose experts are stacked.")
+    parser.add_argument("checkpoints", nargs="+", type=Path, help="Models that fit in memory.")
     parser.add_argument("--shared", type=Path, default=Path("../shared"), help="Folder of texts.")
     parser.add_argument("--work", type=Path, required=True, help="Where packs are made or found.")
     parser.add_argument("--rows", type=Path, help="Finished rows, kept and taken from here.")
