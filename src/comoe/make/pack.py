@@ -34,19 +34,17 @@ from comoe.make.estimate import (
     recording_bytes,
     seconds_to_pack,
 )
-from comoe.make.foresight import foresight
 from comoe.make.heal import Lessons, better, check_healable, heal, rewritten
 from comoe.make.layers import build
 from comoe.make.protocol import Evaluation
 from comoe.make.recipe import CALIBRATED_FORMS, Recipe, Report
-from comoe.make.routing import gate_quantiles, profiled
+from comoe.make.routing import gate_quantiles, write_routing
 from comoe.make.study import Layer
 from comoe.runtime.generate import tokenizer_of
 from comoe.runtime.skeleton import load_skeleton
 from comoe.runtime.threads import use_threads
 from comoe.store.checkpoint import Checkpoint
 from comoe.store.families import experts_modules
-from comoe.store.foresight import FORESIGHT, write_foresight
 from comoe.store.layout import quantised
 from comoe.store.manifest import (
     FORM_PARTS,
@@ -60,7 +58,6 @@ from comoe.store.manifest import (
     encode,
 )
 from comoe.store.pack import Pack, file_hash, header_hash, source_entry
-from comoe.store.profile import PROFILE, write_profile
 from comoe.store.whole import UNFINISHED, disk_errors, whole
 from comoe.types import CheckpointError, Progress, StorageFull, UsageError
 from comoe.units import format_seconds, format_size
@@ -249,8 +246,7 @@ class Packer:
             self._record(texts.values(), INPUTS, 0.0, 0.15)
             self._record([[w for found in held_out(self._windows).values() for w in found]], JUDGED, 0.15, 0.2)
             experts = [site.num_experts for site in self._checkpoint.sites]
-            write_profile(self._folder / PROFILE, profiled(self._inputs, experts, texts))
-            write_foresight(self._folder / FORESIGHT, foresight(partial(self._recorded, INPUTS), experts))
+            write_routing(self._folder, partial(self._recorded, INPUTS), experts, texts)
             done.touch()
         return True
 

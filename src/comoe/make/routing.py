@@ -1,17 +1,28 @@
-"""What calibration text says of routers: the pack's profile, and the quantiles of its gates.
+"""What calibration text says of routers: the pack's profile and its foresight, and the quantiles of its gates.
 
 From what `make.calibrate` recorded, one layer at a time.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from comoe.make.calibrate import LayerInputs
-from comoe.store.profile import PREFILL, Profile, Routed
+from comoe.make.foresight import foresight
+from comoe.store.foresight import FORESIGHT, write_foresight
+from comoe.store.profile import PREFILL, PROFILE, Profile, Routed, write_profile
+
+
+def write_routing(
+    folder: Path, seen: Callable[[int], LayerInputs], experts: Sequence[int], windows: Mapping[str, list[list[int]]]
+) -> None:
+    """Write a pack's profile and foresight; `seen` answers what a layer saw of `windows`, by domain in order."""
+    write_profile(folder / PROFILE, profiled(map(seen, range(len(experts))), experts, windows))
+    write_foresight(folder / FORESIGHT, foresight(seen, experts))
 
 
 def profiled(layers: Iterable[LayerInputs], experts: Sequence[int], windows: Mapping[str, list[list[int]]]) -> Profile:
