@@ -100,6 +100,24 @@ def copied(packed: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def one_floor(copied: Path) -> tuple[Path, str]:
+    """A pack of which one step is certified, at 4 %, and that step's name: it has many forms, dropped among them."""
+    from packs import edit
+
+    from comoe.store.manifest import read_manifest
+
+    manifest = read_manifest(copied)
+    kinds = {step.name: {*"".join(step.assignment)} for step in manifest.chain}
+    name = max(kinds, key=lambda name: ("0" in kinds[name], len(kinds[name])))
+    assert len(kinds[name]) > 2 and manifest.forms[0] == "dropped"
+    found = {"loss": 0.04, "loss_ci95": [0.03, 0.04], "worst_domain": "fox"}
+    found |= {"loss_worst_domain": 0.05, "loss_worst_domain_ci95": [0.04, 0.06]}
+    edit(copied, lambda document: [step.update(certificate=None) for step in document["chain"]])
+    edit(copied, lambda document: document["chain"][list(kinds).index(name)].update(certificate=found))
+    return copied, name
+
+
+@pytest.fixture
 def comoe(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> "Comoe":
     """Call the command line from an empty folder, without settings of the environment."""
     from commands import call

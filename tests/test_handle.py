@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from packs import edit
 
 from comoe.make.pack import pack
 from comoe.make.recipe import Recipe
@@ -160,20 +159,6 @@ def test_load_refuses_what_it_cannot_do(plain: Path) -> None:
     with pytest.raises(DoesNotFit) as refused:
         load(plain, expert_memory=1)
     load(plain, expert_memory=refused.value.smallest).comoe.close()
-
-
-@pytest.fixture
-def one_floor(copied: Path) -> tuple[Path, str]:
-    """A pack of which one step is certified, at 4 %, and that step's name: it has many forms, dropped among them."""
-    manifest = read_manifest(copied)
-    kinds = {step.name: {*"".join(step.assignment)} for step in manifest.chain}
-    name = max(kinds, key=lambda name: ("0" in kinds[name], len(kinds[name])))
-    assert len(kinds[name]) > 2 and manifest.forms[0] == "dropped"
-    found = {"loss": 0.04, "loss_ci95": [0.03, 0.04], "worst_domain": "fox"}
-    found |= {"loss_worst_domain": 0.05, "loss_worst_domain_ci95": [0.04, 0.06]}
-    edit(copied, lambda document: [step.update(certificate=None) for step in document["chain"]])
-    edit(copied, lambda document: document["chain"][list(kinds).index(name)].update(certificate=found))
-    return copied, name
 
 
 def test_within_a_bound_misses_take_a_floor_of_mixed_forms_and_prompts_do_not(

@@ -18,6 +18,7 @@ RIVALS: tuple[dict[str, Callable[[Any], bool]], ...] = (
     {"prompt": _given, "prompt_file": _given},
     {"calib": bool, "calibrate": lambda value: value == "none"},
     {"prompt": _given, "calib": bool},
+    {"deterministic": bool, "replay": _given},
 )
 """Parameters that exclude each other, each with the values by which it does: `--no-exact` excludes nothing."""
 

@@ -25,9 +25,10 @@ from comoe.cli.options import (
     switch,
     wish,
 )
-from comoe.cli.profile import alone, check_place, keep
+from comoe.cli.profile import alone, check_place, keep, writing
 from comoe.cli.terminal import print_json, say
 from comoe.defaults import CONTEXT, MAX_NEW_TOKENS, POLICY, PREFETCH, SEED, TEMPERATURE, TOP_K, TOP_P
+from comoe.store.decisions import write_decisions
 from comoe.store.manifest import read_manifest
 from comoe.store.profile import read_profile
 from comoe.types import UsageError
@@ -79,6 +80,19 @@ def command(
         str,
         Option(envvar="COMOE_PREFETCH", metavar="auto|on|off", help="Read experts ahead; auto: while it saves time."),
     ] = PREFETCH,
+    live: Annotated[
+        bool | None,
+        switch("live", "Give memory back while others need it; by default where no memory is given."),
+    ] = None,
+    deterministic: Annotated[
+        bool, switch("deterministic", "Outputs depend on nothing measured or cached: one form for each expert.")
+    ] = False,
+    decisions: Annotated[
+        Path | None, Option(metavar="FILE", help="Write down each choice that the output depends on.")
+    ] = None,
+    replay: Annotated[
+        Path | None, Option(metavar="FILE", help="Choose as this log says: the same output, to the bit.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Generate text inside a budget.
@@ -96,10 +110,12 @@ def command(
     if given is None and json:
         raise UsageError("--json needs a prompt: give --prompt or --prompt-file.")
     known = _existing(profile)
-    how = {"policy": policy, "prefetch": prefetch}
+    if decisions is not None:
+        check_place(decisions)
+    how = {"policy": policy, "prefetch": prefetch, "live": live, "deterministic": deterministic}
     options = {"dtype": dtype, "threads": threads, "source": source, "profile": known, **how}
-    session.load(given, context, edges=tuple(edge or ()), **options)
-    with session.model.comoe, _profiled(session, profile):
+    session.load(given, context, edges=tuple(edge or ()), log=decisions is not None, replay=replay, **options)
+    with session.model.comoe, _profiled(session, profile), _logged(session, decisions):
         if given is None:
             session.converse(_asked())
             return
@@ -207,6 +223,17 @@ def _profiled(session: Session, profile: Path | None) -> Iterator[None]:
             found = session.model.comoe.profile
             with alone(profile):
                 keep(profile, read_profile(profile) + found if profile.exists() else found)
+
+
+@contextmanager
+def _logged(session: Session, decisions: Path | None) -> Iterator[None]:
+    """Leave in the file `decisions` what a session chose, however it ends."""
+    try:
+        yield
+    finally:
+        if decisions is not None:
+            with writing(decisions):
+                write_decisions(decisions, session.model.comoe.choices.decisions())
 
 
 def _given(prompt: str | None, prompt_file: Path | None) -> str | None:

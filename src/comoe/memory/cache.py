@@ -38,8 +38,9 @@ class BlobCache:
         io_threads: int = 1,
     ) -> None:
         self._source = source
+        self._policy = policy or LRU()
         self._residency = Residency(
-            capacity, self._held_size, policy or LRU(), largest_group=largest_group, in_flight=io_threads
+            capacity, self._held_size, self._policy, largest_group=largest_group, in_flight=io_threads
         )
         if capacity < largest_group:
             raise DoesNotFit(f"experts need at least {largest_group} bytes, {capacity} were given.", largest_group)
@@ -106,6 +107,11 @@ class BlobCache:
             self._apply_evictions()
             self._arena.resize(capacity)
             self._changed.notify_all()
+
+    def age(self, half_lives: float) -> None:
+        """Let the policy forget: the text is another now."""
+        with self._changed:
+            self._policy.age(half_lives)
 
     @property
     def capacity(self) -> int:

@@ -31,6 +31,10 @@ class Policy(Protocol):
         """Blobs in the order in which they should leave. The caller skips those that may not, and stops early."""
         ...
 
+    def age(self, half_lives: float) -> None:
+        """What was learnt until now counts less from now on, where a policy forgets by half-lives."""
+        ...
+
 
 class LRU:
     """Least recently used first."""
@@ -49,6 +53,9 @@ class LRU:
 
     def victims(self) -> Iterator[BlobId]:
         return iter(self._order)
+
+    def age(self, half_lives: float) -> None:
+        """Nothing: it forgets as it goes."""
 
 
 class LFU:
@@ -74,6 +81,9 @@ class LFU:
 
     def victims(self) -> Iterator[BlobId]:
         return self._order.ascending()
+
+    def age(self, half_lives: float) -> None:
+        self._now += half_lives
 
     def _count(self, blob: BlobId) -> None:
         """All scores decay alike, so their order stays: a rank is the logarithm of what a score is worth at time 0.
@@ -122,6 +132,9 @@ class GDSF:
 
     def victims(self) -> Iterator[BlobId]:
         return self._order.ascending()
+
+    def age(self, half_lives: float) -> None:
+        """Nothing: it forgets as it goes."""
 
 
 POLICIES: Mapping[str, Callable[[], Policy]] = {"lru": LRU, "lfu": LFU, "gdsf": GDSF}

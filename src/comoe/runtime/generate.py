@@ -142,7 +142,7 @@ def generate(
     model: Any, tokenizer: Any, ids: Tensor, sampling: Sampling, emit: Callable[[str], None] = lambda text: None
 ) -> Answer:
     """Generate after the prompt `ids` (1, T); `emit` gets text as soon as it is certain."""
-    model.comoe.begin_request()
+    model.comoe.begin_request(repr((ids.tolist(), sampling)))
     torch.manual_seed(sampling.seed)
     shown = StopFilter(sampling.stop, emit)
     watch = Watch(tokenizer, shown, lambda: model.comoe.expert_s)

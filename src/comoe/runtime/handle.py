@@ -1,28 +1,28 @@
 """`model.comoe`: what a program may ask of, and tell, a model that comoe serves while it runs."""
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, NamedTuple
 
-import numpy as np
 from torch import Tensor
 
 from comoe.device import process
 from comoe.memory.cache import BlobCache
 from comoe.plan.ledger import Ledger
 from comoe.plan.planner import Plan
+from comoe.plan.snapshot import Snapshot
+from comoe.runtime.choices import Choices
 from comoe.runtime.layer import Counts, Serving, Use
+from comoe.runtime.live import Live
+from comoe.runtime.seen import nothing, profile_between
 from comoe.store.pack import Pack
-from comoe.store.profile import PHASES, Profile, Routed
+from comoe.store.profile import Profile
 from comoe.types import DoesNotFit, UsageError
 
 SLACK_BYTES = 4 << 20
 """Memory may go so far beyond the sizes that were measured before the cache gives way, twice as much at a time."""
-
-
-SESSION = "session"
-"""What the domain of a served model's profile is called."""
 
 
 class Promise(NamedTuple):
@@ -37,7 +37,7 @@ class Promise(NamedTuple):
 
 
 class Comoe:
-    """The handle of a served model. A context manager: leaving it stops the I/O thread.
+    """The handle of a served model. A context manager: leaving it stops all threads.
 
     `context` is the longest prompt and answer together, in tokens; `promise` the budget of the whole process, None
     where only experts were given one; `earlier_peak` the resident memory that loading took at most.
@@ -49,6 +49,9 @@ class Comoe:
         self._pack, self._serving, self._context, self._promise = pack, serving, context, promise
         self._earlier_peak, self._planned = earlier_peak, serving.cache.capacity
         self._read_before: dict[str, int] = {}
+        self._changing = threading.RLock()
+        self.choices: Choices | None = None
+        self.live: Live | None = None
         if promise is not None:
             serving.before_read = self._guard
 
@@ -70,14 +73,8 @@ class Comoe:
 
     @property
     def profile(self) -> Profile:
-        """What routers chose since the model was loaded, by phase; the domain is `SESSION`."""
-        routed = {}
-        for phase, seen in zip(PHASES, zip(*self._serving.seen, strict=True), strict=True):
-            tokens = np.array([layer.tokens for layer in seen])
-            if tokens.any():
-                uses, gates = ([getattr(layer, name) for layer in seen] for name in ("uses", "gates"))
-                routed[SESSION, phase] = Routed(tokens, np.concatenate(uses), np.concatenate(gates))
-        return Profile(tuple(layer.num_experts for layer in self._pack.manifest.layers), routed)
+        """What routers chose since the model was loaded, by phase; the domain is `seen.SESSION`."""
+        return profile_between(nothing(self._serving.seen), self._serving.seen)
 
     @contextmanager
     def heeded(self, heed: Callable[[int, Tensor, Sequence[Use]], None]) -> Iterator[None]:
@@ -97,15 +94,30 @@ class Comoe:
         promise = self._promise
         beside = promise.beside if promise is not None else 0
         try:
-            self.cache.resize(nbytes - beside)
+            with self._changing:
+                self.obey(nbytes - beside, "asked")
+                if self.live is not None:
+                    self.live.scheduler.promise(nbytes - beside)
         except DoesNotFit as error:
             if promise is None:
                 raise
             smallest = error.smallest + beside
             raise DoesNotFit(f"the process needs {smallest} bytes of memory, {nbytes} were given.", smallest) from error
-        self._planned = nbytes - beside
-        if promise is not None:
-            self._promise = promise._replace(memory=nbytes)
+
+    def obey(self, capacity: int, reason: str) -> None:
+        """Give experts `capacity` bytes, and the process as much as that leaves it. Raises DoesNotFit."""
+        with self._changing:
+            self.cache.resize(capacity)
+            self._planned = capacity
+            if self._promise is not None:
+                self._promise = self._promise._replace(memory=capacity + self._promise.beside)
+            self._switched(reason)
+
+    def follow(self, plan: Plan, reason: str) -> None:
+        """Go on by `plan`, whose floor and target are those of the plan that there is."""
+        with self._changing:
+            self._serving.plan = plan
+            self._switched(reason)
 
     def stats(self) -> dict[str, Any]:
         """Counters of the request: rates as fractions, bytes as integers; what is resident is so now.
@@ -136,6 +148,17 @@ class Comoe:
             "shares": self.ledger.shares(),
         }
 
+    def keep_choices(self, choices: Choices) -> None:
+        """From now on write down, or take from a log, what outputs depend on."""
+        self.choices, self._serving.settle = choices, choices.settle
+
+    def watch(
+        self, snapshot: Callable[[], Snapshot], replan: Callable[[Profile, int], Plan], clock: Callable[[], float]
+    ) -> None:
+        """From now on follow the device and the text: see `runtime.live`."""
+        self.live = Live(self, self._serving, self._pack, snapshot, replan)
+        self.live.start(clock)
+
     def check_context(self, tokens: int) -> None:
         """Raise UsageError where prompt and answer together are longer than what memory was sized for."""
         if tokens > self._context:
@@ -146,16 +169,24 @@ class Comoe:
         """Seconds that the request's experts took so far, waiting for them included."""
         return self._serving.counts.expert_s
 
-    def begin_request(self) -> None:
-        """Start the ledger and the request's counters afresh; what the cache yielded in the last one it gets back."""
+    def begin_request(self, asked: str = "") -> None:
+        """Start the ledger and the request's counters afresh; what the cache yielded in the last one it gets back.
+
+        `asked` is all that its answer depends on. Raises UsageError where a decision log is replayed that has another.
+        """
+        if self.choices is not None:
+            self.choices.begin(asked)
         self.ledger.clear()
         self._serving.counts = Counts()
         self._read_before = self.cache.stats.bytes_read
-        if self.cache.capacity < self._planned:
-            self.cache.resize(self._planned)
+        with self._changing:
+            if self.cache.capacity < self._planned:
+                self.cache.resize(self._planned)
 
     def close(self) -> None:
-        """Stop the I/O thread and close files. The model cannot run afterwards."""
+        """Stop all threads and close files. The model cannot run afterwards."""
+        if self.live is not None:
+            self.live.close()
         self.cache.close()
         self._pack.close()
 
@@ -176,10 +207,15 @@ class Comoe:
         if self._excess() <= SLACK_BYTES:
             return
         process.trim_malloc()
-        excess = self._excess()
-        room = self.cache.capacity - self.cache.smallest
-        if excess > SLACK_BYTES and room > 0:
-            self.cache.resize(self.cache.capacity - min(excess + SLACK_BYTES, room))
+        with self._changing:
+            excess = self._excess()
+            room = self.cache.capacity - self.cache.smallest
+            if excess > SLACK_BYTES and room > 0:
+                self.cache.resize(self.cache.capacity - min(excess + SLACK_BYTES, room))
+
+    def _switched(self, reason: str) -> None:
+        if self.choices is not None:
+            self.choices.switched(reason, self.cache.capacity, self.plan)
 
     def _excess(self) -> int:
         assert self._promise is not None

@@ -72,7 +72,8 @@ class Serving:
     """What the layers of a running model share. `before_read` is called before a chunk asks for its experts.
 
     `heed` is told what every chunk uses: its layer, what its tokens give to experts (N, H), and its experts, ascending.
-    `prefetcher` says what comes next; None where nothing is read ahead.
+    `prefetcher` says what comes next; None where nothing is read ahead. `settle` is told whether a use that has a floor
+    would take it, and answers whether it does.
     """
 
     manifest: Manifest
@@ -83,6 +84,7 @@ class Serving:
     before_read: Callable[[], None] | None = None
     heed: Callable[[int, Tensor, Sequence[Use]], None] | None = None
     prefetcher: Prefetcher | None = None
+    settle: Callable[[bool], bool] | None = None
     rungs: dict[str, list[list[Way]]] = field(default_factory=dict)
     seen: list[tuple[Seen, Seen]] = field(init=False)
     """By layer: of prefill, and of decoding."""
@@ -155,12 +157,12 @@ class ServedLayer:
         serving, plan = self.serving, self.serving.plan
         way = serving.way(self._index, use.expert, plan.target)
         hit = serving.cache.resident(way.blobs)
-        floor = plan.floor if decode and not hit and self._may_take_floor(use) else None
+        floor = plan.floor if decode and self._takes_floor(use, hit) else None
         if floor is not None:
             serving.cache.prefetch([way.blobs])
             way = serving.way(self._index, use.expert, floor)
         serving.counts.uses += 1
-        serving.counts.hits += hit
+        serving.counts.hits += hit and floor is None
         serving.counts.floor_uses += floor is not None
         serving.ledger.add(self._index, way.form, use.gate, floor=floor is not None, decode=decode)
         seen = self._seen[decode]
@@ -176,6 +178,12 @@ class ServedLayer:
         used = [use.expert for use in uses]
         found = serving.prefetcher.step(self._index, len(x), used, lambda: floats(x), perf_counter())
         return [serving.way(layer, expert, serving.plan.target).blobs for layer, expert in found]
+
+    def _takes_floor(self, use: Use, hit: bool) -> bool:
+        if self.serving.plan.floor is None:
+            return False
+        coarse = not hit and self._may_take_floor(use)
+        return coarse if self.serving.settle is None else self.serving.settle(coarse)
 
     def _may_take_floor(self, use: Use) -> bool:
         rule = MissRule(self.serving.plan, self.serving.ledger)

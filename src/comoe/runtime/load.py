@@ -3,38 +3,42 @@
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from time import perf_counter
+from time import monotonic, perf_counter
 from typing import Any
 
 from comoe.defaults import CONTEXT, POLICY, PREFETCH
 from comoe.device import process
 from comoe.device.costs import measured_costs
 from comoe.device.memory import check_possible, default_memory
+from comoe.device.monitor import Monitor
+from comoe.device.rates import TimedSource
 from comoe.memory.cache import BlobCache
 from comoe.memory.policy import POLICIES
 from comoe.memory.predict import Frequent, Learned, Predictor, Previous
 from comoe.memory.prefetch import PREFETCHES, Prefetcher
 from comoe.plan.cost import Costs
 from comoe.plan.footprint import FIRST_USE_FILE_BYTES, Workload, advised, beside_experts, dtype_of, unseen_bytes
-from comoe.plan.ladder import Band, ladder_of
+from comoe.plan.ladder import Band, Ladder, ladder_of
 from comoe.plan.ledger import Ledger
+from comoe.plan.pinned import Pin, deterministic, pinned, smallest
 from comoe.plan.planner import Plan, Planner, uniform
 from comoe.runtime.budget import FIRST_TOKENS, WarmUp, warm_up
+from comoe.runtime.choices import Choices, conditions
 from comoe.runtime.experts import TORCH_DTYPES, SiteMath
 from comoe.runtime.handle import Comoe, Promise
 from comoe.runtime.hook import attach
 from comoe.runtime.layer import ServedLayer, Serving
 from comoe.runtime.skeleton import load_skeleton
 from comoe.runtime.threads import use_threads
+from comoe.store.decisions import Decisions, read_decisions
 from comoe.store.families import experts_modules
 from comoe.store.foresight import Foresight, read_foresight
 from comoe.store.layout import PAGE
 from comoe.store.paced import Paced
 from comoe.store.pack import Pack, refuse_idle_source
 from comoe.store.profile import Profile, read_profile
-from comoe.store.source import Source
 from comoe.types import DoesNotFit, RemoteUnavailable, UsageError
 from comoe.units import format_size, parse_budget, parse_share, parse_size
 
@@ -47,6 +51,9 @@ class Options:
     by default the checkpoint's; `profile` tells how the text to come uses experts, by default as the pack's own did;
     `policy` says which experts leave the cache first; `prefetch` whether the next layer's are read ahead: `auto`, while
     that is measured to save time, `on` or `off`.
+
+    `live` lets the model follow its device and its text; `deterministic` makes outputs depend on neither; `log` keeps
+    the choices that outputs depend on, `replay` takes them from a log.
     """
 
     max_loss: float = 0.0
@@ -56,6 +63,10 @@ class Options:
     profile: Profile | None = None
     policy: str = POLICY
     prefetch: str = PREFETCH
+    live: bool = False
+    deterministic: bool = False
+    log: bool = False
+    replay: Decisions | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.max_loss < float("inf"):
@@ -66,6 +77,8 @@ class Options:
             raise UsageError(f"there is no policy {self.policy!r}: choose from {', '.join(POLICIES)}.")
         if self.prefetch not in PREFETCHES:
             raise UsageError(f"prefetch cannot be {self.prefetch!r}: choose from {', '.join(PREFETCHES)}.")
+        if self.deterministic and self.replay is not None:
+            raise UsageError("a log is replayed as it was written: leave out --deterministic.")
 
 
 def load(
@@ -82,6 +95,10 @@ def load(
     profile: str | Path | None = None,
     policy: str = POLICY,
     prefetch: str = PREFETCH,
+    live: bool | None = None,
+    deterministic: bool = False,
+    log: bool = False,
+    replay: str | Path | None = None,
 ) -> Any:
     """A transformers model whose experts are streamed from `pack` within a budget; `model.comoe` is its handle.
 
@@ -91,6 +108,10 @@ def load(
     `profile` is the file of a profile: the plan is for text that uses experts like that. `policy` says which experts
     leave the cache first: lru, lfu or gdsf. `prefetch` says whether experts are read before they are asked for: auto,
     while that is measured to save time, on or off.
+
+    `live` gives memory back while others need it, and takes it again; by default where no budget is given, so that none
+    was promised. `deterministic` makes outputs depend on nothing measured or cached. With `log` the handle keeps the
+    choices that outputs depend on (`model.comoe.choices`); `replay` is the file of such a log, which is followed.
 
     Raises DoesNotFit, before anything large is loaded, with the smallest budget that would do; PackError for a pack
     that cannot be used; UsageError for a budget or a profile that cannot be read.
@@ -103,7 +124,13 @@ def load(
     opened = Pack(Path(pack), source=moved_to)
     refuse_idle_source(moved_to, opened.folder, opened.manifest)
     known = read_profile(Path(profile)) if profile else None
-    loader = Loader(opened, Options(parse_share(max_loss), context, dtype, threads, known, policy, prefetch))
+    given = memory is not None or expert_memory is not None
+    follows = live if live is not None else not given
+    logged = read_decisions(Path(replay)) if replay else None
+    options = Options(
+        parse_share(max_loss), context, dtype, threads, known, policy, prefetch, follows, deterministic, log, logged
+    )
+    loader = Loader(opened, options)
     if expert_memory is not None:
         return loader.within_experts(parse_budget(expert_memory, loader.pack.manifest.expert_bytes_bf16))
     return loader.within_process(parse_size(memory) if memory is not None else default_memory())
@@ -114,11 +141,12 @@ class Loader:
 
     def __init__(self, pack: Pack, options: Options) -> None:
         self.pack, self.options = pack, options
-        self._source: Source = pack
         self.ladder = ladder_of(pack.manifest, options.profile)
         forms = self.ladder.forms(options.max_loss)
         self._work = Workload(options.context, dtype_of(pack.manifest, options.dtype), forms)
         self._dtype = TORCH_DTYPES[self._work.dtype]
+        self._pin = _pin(self.ladder, options)
+        self._source = TimedSource(pack, perf_counter)
         process.steady_malloc()
         process.bound_kernel_caches()
         use_threads(options.threads)
@@ -128,7 +156,7 @@ class Loader:
         memory -= memory % PAGE  # as limits are kept
         check_possible(memory)
         before = process.resident()
-        least = Planner(self.ladder, Costs.unknown()).smallest(self.options.max_loss)
+        least = self._least()
         self._refuse_below(beside_experts(self.pack.manifest, self._work, before.total) + least, memory)
         planner = self.planner()  # measures while there is room to
         model, foresight = self._skeleton(), self._foresight
@@ -136,17 +164,21 @@ class Loader:
         unseen = unseen_bytes(max(warm.file_backed, before.file_backed + FIRST_USE_FILE_BYTES), memory)
         beside = warm.anonymous + unseen
         self._refuse_below(beside + least, memory)
-        plan = timed(planner, warm).best(memory - beside, self.options.max_loss)
+        planner = timed(planner, warm)
+        plan = self._plan(planner, memory - beside)
         promise = Promise(memory, beside, unseen)
-        return self._serve(model, plan, memory - beside, promise, warm.earlier_peak, foresight)
+        model = self._serve(model, plan, memory - beside, promise, warm.earlier_peak, foresight)
+        return self._followed(model, planner)
 
     def within_experts(self, budget: int) -> Any:
         """The model, with experts in `budget` bytes."""
-        Planner(self.ladder, Costs.unknown()).best(budget, self.options.max_loss)  # refuses before anything is loaded
+        self._plan(Planner(self.ladder, Costs.unknown()), budget)  # refuses before anything is loaded
         planner, model = self.planner(), self._skeleton()
         warm = warm_up(model, self._maths(model), replace(self._work, context=FIRST_TOKENS))
-        plan = timed(planner, warm).best(budget, self.options.max_loss)
-        return self._serve(model, plan, budget, None, warm.earlier_peak, self._foresight)
+        planner = timed(planner, warm)
+        plan = self._plan(planner, budget)
+        model = self._serve(model, plan, budget, None, warm.earlier_peak, self._foresight)
+        return self._followed(model, planner)
 
     def resident(self, rung: str) -> Any:
         """The model with every expert in `rung` in memory, a form or a step: the reference of comparisons."""
@@ -164,11 +196,39 @@ class Loader:
 
     def pace(self, seconds: Callable[[int], float]) -> None:
         """Let reads of so many bytes take so long: the scale model."""
-        self._source = Paced(self.pack, seconds)
+        self._source = TimedSource(Paced(self.pack, seconds), perf_counter)
 
     def planner(self) -> Planner:
         """A planner with this device's rates; what a token costs beside its experts is not known yet."""
         return Planner(self.ladder, measured_costs(self.pack, perf_counter))
+
+    def _least(self) -> int:
+        """The least expert memory that there is a plan for."""
+        if self._pin is not None:
+            return smallest(self.ladder, self._pin)
+        return Planner(self.ladder, Costs.unknown()).smallest(self.options.max_loss)
+
+    def _plan(self, planner: Planner, budget: int) -> Plan:
+        """The best plan in `budget` bytes of experts, or the one that may not be chosen. Raises DoesNotFit."""
+        if self._pin is not None:
+            return pinned(self.ladder, self._pin, budget)
+        return planner.best(budget, self.options.max_loss)
+
+    def _followed(self, model: Any, planner: Planner) -> Any:
+        """`model`, with its choices kept and its device watched as far as that is wanted."""
+        handle, options = model.comoe, self.options
+        if options.log or options.replay is not None:
+            now = conditions(self.pack.manifest, handle.plan, options.max_loss, self._work.dtype)
+            handle.keep_choices(Choices(now, options.replay))
+        if options.live:
+            handle.watch(Monitor(self._source.take_bps).snapshot, partial(self._replan, planner), monotonic)
+        return model
+
+    def _replan(self, planner: Planner, profile: Profile, budget: int) -> Plan:
+        if self._pin is not None:
+            return pinned(self.ladder, self._pin, budget)
+        known = ladder_of(self.pack.manifest, profile)
+        return replace(planner, ladder=known).best(budget, self.options.max_loss)
 
     def _skeleton(self) -> Any:
         self.pack.check_files()
@@ -222,7 +282,7 @@ class Loader:
         floor = self.ladder.rung(plan.floor) if plan.floor else None
         target = self.ladder.rung(plan.target)
         largest = target.group_beside(floor)
-        streams = plan.floor_bytes + target.beside(floor) > capacity
+        streams = self.options.live or plan.floor_bytes + target.beside(floor) > capacity
         with ExitStack() as on_failure:
             cache = on_failure.enter_context(self._cache(capacity, largest))
             ledger = Ledger(self.ladder.prices(plan.target, plan.floor), self.options.max_loss)
@@ -241,3 +301,16 @@ class Loader:
 def timed(planner: Planner, warm: WarmUp) -> Planner:
     """`planner`, with what a token was measured to cost beside its experts."""
     return replace(planner, costs=replace(planner.costs, framework_ms=Band(warm.low_ms, warm.high_ms)))
+
+
+def _pin(ladder: Ladder, options: Options) -> Pin | None:
+    """What the plan may not choose. UsageError for a log of another pack, whose steps this one may not have."""
+    if options.deterministic:
+        return deterministic(ladder, options.max_loss)
+    if options.replay is None:
+        return None
+    logged = options.replay.conditions
+    names = {rung.name for rung in ladder.rungs}
+    if logged.target not in names or logged.floor not in {None, *names}:
+        raise UsageError("the decision log is of a run of another pack.")
+    return Pin(logged.floor, logged.target)

@@ -43,6 +43,9 @@ class Belady:
     def victims(self) -> Iterator[BlobId]:
         return self._order.ascending()
 
+    def age(self, half_lives: float) -> None:
+        """Nothing: it looks ahead alone."""
+
     def _put(self, blob: BlobId) -> None:
         uses = self._uses[blob]
         while uses and uses[-1] <= self._now:

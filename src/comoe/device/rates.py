@@ -1,0 +1,38 @@
+"""The rate of real transfers: a source that takes the time of its reads."""
+
+import threading
+
+from comoe.device.probe import Clock
+from comoe.store.source import Source
+from comoe.types import BlobId
+
+
+class TimedSource:
+    """`source`, whose reads are counted: bytes, and the seconds that they took. A read that fails counts nothing."""
+
+    def __init__(self, source: Source, clock: Clock) -> None:
+        self._source, self._clock = source, clock
+        self._lock = threading.Lock()
+        self._nbytes, self._seconds = 0, 0.0
+
+    @property
+    def tier(self) -> str:
+        return self._source.tier
+
+    def nbytes(self, blob: BlobId) -> int:
+        return self._source.nbytes(blob)
+
+    def read(self, blob: BlobId, into: memoryview) -> None:
+        start_s = self._clock()
+        self._source.read(blob, into)
+        seconds = self._clock() - start_s
+        with self._lock:
+            self._nbytes += self._source.nbytes(blob)
+            self._seconds += seconds
+
+    def take_bps(self) -> float | None:
+        """The rate of one read since this was last asked; None where there was none."""
+        with self._lock:
+            nbytes, seconds = self._nbytes, self._seconds
+            self._nbytes, self._seconds = 0, 0.0
+        return nbytes / seconds if seconds else None

@@ -1,0 +1,42 @@
+"""The rate of real transfers, by a clock that only reads move."""
+
+import pytest
+from sources import MemorySource
+
+from comoe.device.rates import TimedSource
+from comoe.types import BlobId
+
+BLOB = BlobId(0, "exact", 0)
+
+
+class SlowSource(MemorySource):
+    """Takes two seconds for a read."""
+
+    now_s = 0.0
+
+    def read(self, blob: BlobId, into: memoryview) -> None:
+        SlowSource.now_s += 2.0
+        super().read(blob, into)
+
+
+def test_a_rate_is_that_of_the_reads_since_it_was_asked_for() -> None:
+    source = SlowSource({BLOB: bytes(100)})
+    timed = TimedSource(source, lambda: SlowSource.now_s)
+    assert timed.take_bps() is None
+    for _ in range(2):
+        timed.read(BLOB, memoryview(bytearray(4096)))
+    assert timed.take_bps() == 50
+    assert timed.take_bps() is None
+
+
+def test_a_read_that_fails_counts_nothing() -> None:
+    timed = TimedSource(SlowSource({BLOB: bytes(100)}), lambda: SlowSource.now_s)
+    with pytest.raises(KeyError):
+        timed.read(BlobId(1, "exact", 0), memoryview(bytearray(4096)))
+    assert timed.take_bps() is None
+
+
+def test_it_is_the_source_otherwise() -> None:
+    source = SlowSource({BLOB: bytes(100)})
+    timed = TimedSource(source, lambda: 0.0)
+    assert (timed.tier, timed.nbytes(BLOB)) == (source.tier, 100)
