@@ -111,9 +111,7 @@ def run(folder: Path, expert_memory: int, **options: Any) -> Ran:
 def watched(model: Any) -> Iterator[list[bytes]]:
     """The logits of every call of the model."""
     found: list[bytes] = []
-    hook = model.register_forward_hook(
-        lambda module, given, output: found.append(output.logits.float().numpy().tobytes())
-    )
+    hook = model.register_forward_hook(lambda _, __, output: found.append(output.logits.float().numpy().tobytes()))
     with torch.inference_mode():
         yield found
     hook.remove()

@@ -53,7 +53,7 @@ class ShiftDetector:
             return False
         far, freedom = distance(uses, np.sum(self._seen, axis=0), self.starts)
         by_chance = 1 + DEVIATIONS * sqrt(2 / max(freedom, 1))
-        if len(self._seen) >= LEAST and far > max(EXCESS, by_chance) * float(np.mean(self._usual)):
+        if len(self._seen) >= LEAST and far > max(EXCESS, by_chance) * max(float(np.mean(self._usual)), 1.0):
             self._seen.clear()
             self._usual.clear()
             self._seen.append(uses)
