@@ -1,7 +1,7 @@
 """A running model that follows its device and its text: each round by a clock and a device that only tests move."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -145,9 +145,9 @@ def test_a_budget_that_a_program_sets_is_what_is_promised_from_then_on(model: An
     assert model.comoe.cache.capacity == live.scheduler.promised == smaller
 
 
-def use(live: Live, expert: int, tokens: int) -> None:
-    """As if `tokens` had used one expert of every layer."""
-    for layer in live._serving.seen:
+def use(live: Live, experts: Sequence[int], tokens: int = 1) -> None:
+    """As if `tokens` had used one expert of each layer."""
+    for expert, layer in zip(experts, live._serving.seen, strict=True):
         layer[1].uses[expert] += tokens
         layer[1].tokens += tokens
 
@@ -158,7 +158,7 @@ def test_another_domain_is_noticed_and_the_policy_forgets(model: Any, monkeypatc
     rng = np.random.default_rng(0)
     for experts in ([0, 1, 2, 3],) * 8 + ([5, 6, 7],) * 8:
         for _ in range(16):
-            use(live, int(rng.choice(experts)), 1)
+            use(live, rng.choice(experts, 2).tolist())
         live.step(0.0)
     assert live.shifts == len(aged) == 1
 
@@ -173,10 +173,10 @@ def test_a_plan_with_a_floor_is_made_again_for_the_session_and_for_each_domain(m
 
     live = Live(handle, handle._serving, handle.pack, Device(), replan)
     handle.begin_request("asked")
-    use(live, 0, SESSION_TOKENS - 1)
+    use(live, (0, 0), SESSION_TOKENS - 1)
     live.step(0.0)
     assert not asked
-    use(live, 0, 1)
+    use(live, (0, 0))
     for _ in range(3):
         live.step(0.0)
     (profile, budget), *more = asked
@@ -197,7 +197,7 @@ def test_a_plan_that_would_need_another_floor_is_not_followed(model: Any, other:
         return replace(before, **{other: "q8"})
 
     live = Live(handle, handle._serving, handle.pack, Device(), replan)
-    use(live, 0, SESSION_TOKENS)
+    use(live, (0, 0), SESSION_TOKENS)
     live.step(0.0)
     assert handle.plan is before
 
