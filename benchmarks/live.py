@@ -11,8 +11,7 @@ import random
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -28,7 +27,8 @@ from comoe.device.machine import machine
 from comoe.make.protocol import Evaluation
 from comoe.make.score import DomainScore, Score, compare
 from comoe.make.text import windows
-from comoe.plan.ladder import ladder_of
+from comoe.plan.ladder import Ladder, ladder_of
+from comoe.plan.pinned import Pin, smallest
 from comoe.runtime.generate import quiet_transformers, tokenizer_of
 from comoe.runtime.load import Loader, Options, load
 from comoe.store.decisions import identity, read_decisions, write_decisions
@@ -42,7 +42,8 @@ RESIZES, PAUSE_S, PREFILL_TOKENS, DECODED_TOKENS, LATEST_S = 1000, 0.02, 256, 8,
 SETTLE_S, PATIENCE_S, LOOK_S = 3.0, 60.0, 0.05
 SHARE, BEFORE, AFTER, WINDOW = 0.24, 224, 448, 16
 PLANS, RUNS_PER_PLAN, WINDOWS, TOKENS, PROMPT = 40, 5, 5, 80, 32
-BOUNDS, SHARES, RATES = (0.005, 0.01, 0.02, 0.03, 0.05), (0.10, 0.40), (5e6, 2e7, 1e8)
+BOUNDS, SHARES, SHARES_BESIDE = (0.005, 0.01, 0.02, 0.03, 0.05), (0.10, 0.40), (0.0, 0.1)
+RATES = (5e6, 2e7, 1e8)
 HOG = "import sys, time; held = bytearray(int(sys.argv[1])); print('taken', flush=True); time.sleep(600)"
 
 
@@ -144,7 +145,7 @@ def _tell(handle: Any) -> None:
 
 
 def hog(pack: Path, shared: Path) -> Row:
-    """A process that takes so much of a group's memory that half of the experts must go, and goes again."""
+    """A process that takes so much of a group's memory that experts must go, and goes again."""
     experts = read_manifest(pack).form_bytes("exact")
     with MemoryGroup(LIMIT) as group:
         served = group.start(own("watched", pack, shared), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
@@ -256,12 +257,16 @@ def exact_nats(pack: Path, shared: Path) -> Row:
 
 
 def bound(pack: Path, shared: Path, number: int, exact: dict[str, list[float]]) -> Row:
-    """A random plan within a random bound, on random domains."""
+    """A random plan within a random bound, on random domains: the planner's, or any pair of a floor and a target."""
     rng = random.Random(SEED + number)
     limit, share, rate = rng.choice(BOUNDS), rng.uniform(*SHARES), rng.choice(RATES)
     texts = Texts(pack, shared)
-    with slow(pack, limit, rate) as loader:
-        model = loader.within_experts(int(share * loader.pack.manifest.expert_bytes_bf16))
+    loader = slow(pack, limit, rate)
+    if number % 2:
+        loader.pin = any_pair(rng, loader.ladder, limit)
+        least = smallest(loader.ladder, loader.pin) / loader.pack.manifest.expert_bytes_bf16
+        share = least + rng.uniform(*SHARES_BESIDE)
+    model = loader.within_experts(int(share * loader.pack.manifest.expert_bytes_bf16))
     runs = []
     with model.comoe as handle:
         for domain in rng.sample(texts.domains, RUNS_PER_PLAN):
@@ -273,37 +278,51 @@ def bound(pack: Path, shared: Path, number: int, exact: dict[str, list[float]]) 
             runs[-1] |= {"above": loss.ci95[0] > limit, "floor_rate": stats["floor_rate"]}
             runs[-1] |= {"loss_ledger": stats["loss_ledger"]}
         plan = handle.plan
-    named = {"bound": limit, "share": share, "read_bps": rate, "floor": plan.floor, "target": plan.target}
+    named = {
+        "bound": limit,
+        "planned": loader.pin is None,
+        "share": share,
+        "read_bps": rate,
+        "floor": plan.floor,
+        "target": plan.target,
+    }
     return {**named, "runs": runs}
 
 
-@contextmanager
-def slow(pack: Path, max_loss: float, read_bps: float, **options: Any) -> Iterator[Loader]:
-    """A loader that plans for a disk of such a rate, so that plans have floors; the rest is measured."""
+def any_pair(rng: random.Random, ladder: Ladder, limit: float) -> Pin:
+    """A target that keeps the bound and a coarser floor that need not, which any miss may take as far as it lasts."""
+    target = rng.choice([at for at, rung in enumerate(ladder.certified) if rung.price <= limit])
+    return Pin(ladder.certified[rng.randrange(target)].name, ladder.certified[target].name, float("inf"))
+
+
+def slow(pack: Path, max_loss: float, read_bps: float, **options: Any) -> Loader:
+    """A loader that plans for a disk of such a rate; the rest is measured."""
     loader = Loader(Pack(pack), Options(max_loss, CONTEXT, threads=THREADS, live=True, **options))
     measured = loader.planner()
     loader.planner = lambda: replace(measured, costs=replace(measured.costs, read_bps=read_bps))  # type: ignore[method-assign]
-    yield loader
+    return loader
 
 
 def replays(pack: Path, shared: Path) -> Row:
     """A run with a log, and replays of it in other memory: whether all nats are the same to the bit."""
     texts = Texts(pack, shared)
-    floor = next(r for r in ladder_of(read_manifest(pack)).certified if r.price < 0.1)
-    whole = read_manifest(pack).expert_bytes_bf16
-    little, much = (int(share * whole) for share in (floor.nbytes / whole + 0.08, 1.2))
+    ladder = ladder_of(read_manifest(pack))
+    floor = next(rung for rung in ladder.certified if rung.price < 0.1)
+    little, much = (floor.nbytes + int(share * ladder.expert_bytes_bf16) for share in (0.1, 1.0))
     with TemporaryDirectory() as folder:
         log = Path(folder) / "log"
-        with slow(pack, 0.03, RATES[0], log=True) as loader:
-            first, rate = _all_nats(loader.within_experts(little), texts, log)
+        loader = slow(pack, 0.03, RATES[0], log=True)
+        loader.pin = Pin(floor.name, "exact", float("inf"))
+        first, rate = _all_nats(loader.within_experts(little), texts, log)
         same, rates = [], []
         for room in (little, little, much):
-            with slow(pack, 0.03, RATES[0], replay=read_decisions(log)) as loader:
-                again, of = _all_nats(loader.within_experts(room), texts, None)
+            loader = slow(pack, 0.03, RATES[0], replay=read_decisions(log))
+            again, of = _all_nats(loader.within_experts(room), texts, None)
             same.append(again == first)
             rates.append(of)
-        with slow(pack, 0.03, RATES[0]) as loader:
-            unlogged, _ = _all_nats(loader.within_experts(little), texts, None)
+        loader = slow(pack, 0.03, RATES[0])
+        loader.pin = Pin(floor.name, "exact", float("inf"))
+        unlogged, _ = _all_nats(loader.within_experts(little), texts, None)
         tokens = len(texts.domains) * WINDOWS * TOKENS
         return {
             "tokens": tokens,
@@ -364,6 +383,7 @@ def settings() -> dict[str, Any]:
         "switch_share": SHARE,
         "bounds": BOUNDS,
         "shares": SHARES,
+        "shares_beside_floor": SHARES_BESIDE,
         "read_bps_planned_for": RATES,
         "windows_per_run": WINDOWS,
         "tokens_per_window": TOKENS,

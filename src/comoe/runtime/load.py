@@ -137,7 +137,10 @@ def load(
 
 
 class Loader:
-    """A pack on the way to being served: refuse early, load the dense part, warm up, plan, fill."""
+    """A pack on the way to being served: refuse early, load the dense part, warm up, plan, fill.
+
+    `pin` is what the plan may not choose, None where it is free.
+    """
 
     def __init__(self, pack: Pack, options: Options) -> None:
         self.pack, self.options = pack, options
@@ -145,7 +148,7 @@ class Loader:
         forms = self.ladder.forms(options.max_loss)
         self._work = Workload(options.context, dtype_of(pack.manifest, options.dtype), forms)
         self._dtype = TORCH_DTYPES[self._work.dtype]
-        self._pin = _pin(self.ladder, options)
+        self.pin = _pin(self.ladder, options)
         self._source = TimedSource(pack, perf_counter)
         process.steady_malloc()
         process.bound_kernel_caches()
@@ -204,14 +207,14 @@ class Loader:
 
     def _least(self) -> int:
         """The least expert memory that there is a plan for."""
-        if self._pin is not None:
-            return smallest(self.ladder, self._pin)
+        if self.pin is not None:
+            return smallest(self.ladder, self.pin)
         return Planner(self.ladder, Costs.unknown()).smallest(self.options.max_loss)
 
     def _plan(self, planner: Planner, budget: int) -> Plan:
         """The best plan in `budget` bytes of experts, or the one that may not be chosen. Raises DoesNotFit."""
-        if self._pin is not None:
-            return pinned(self.ladder, self._pin, budget)
+        if self.pin is not None:
+            return pinned(self.ladder, self.pin, budget)
         return planner.best(budget, self.options.max_loss)
 
     def _followed(self, model: Any, planner: Planner) -> Any:
@@ -225,8 +228,8 @@ class Loader:
         return model
 
     def _replan(self, planner: Planner, profile: Profile, budget: int) -> Plan:
-        if self._pin is not None:
-            return pinned(self.ladder, self._pin, budget)
+        if self.pin is not None:
+            return pinned(self.ladder, self.pin, budget)
         known = ladder_of(self.pack.manifest, profile)
         return replace(planner, ladder=known).best(budget, self.options.max_loss)
 
