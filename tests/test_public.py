@@ -86,7 +86,7 @@ def commands() -> list[str]:
 
 ONCE = {
     *("prompt", "prompt_file", "stop", "output", "step", "calib", "folder", "text", "keep", "out", "plot"),
-    *("version", "help"),
+    *("version", "help", "decisions", "replay"),
 }
 """Options of one call: nobody wants them for every call."""
 
