@@ -1,7 +1,7 @@
 """The ladder as the planner sees it: what every rung costs in bytes and in quality, and how experts are used."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -191,12 +191,23 @@ class Ladder:
         certified = np.concatenate(self.calibrated)
         return _share(target.use, partial, 0.0) / _share(certified, partial)
 
+    def using(self, use: Sequence[Array]) -> "Ladder":
+        """The same ladder for a session that uses experts as in `use`, which is as in the ladder."""
+        each = np.concatenate(use)
+        return replace(self, rungs=tuple(replace(rung, use=each) for rung in self.rungs), use=tuple(use))
+
     def rung(self, name: str) -> Rung:
         """KeyError where the pack has no such form or step."""
         for rung in self.rungs:
             if rung.name == name:
                 return rung
         raise KeyError(name)
+
+
+def shares_of(values: Array, flags: Flags, least: float = LEAST_SHARE) -> Array:
+    """Of all values (N,), the shares (P,) of those that each row of `flags` (P, N) has; 1 where it has none."""
+    found: Array = np.maximum((flags @ values) / max(float(values.sum()), 1e-12), least)
+    return np.where(flags.any(1), found, 1.0)
 
 
 def _share(values: Array, flags: Flags, least: float = LEAST_SHARE) -> float:

@@ -1,17 +1,19 @@
-"""Plan v0: the fastest (floor, streamed form, cache, wait threshold) under a byte budget and a loss bound.
+"""The fastest (floor, streamed form, cache, wait threshold) under a byte budget and a loss bound. Pure.
 
-Pure and well under a millisecond per candidate; enumerates the few pairs of certified rungs. The joint planner
-replaces the inside of `best` and keeps its signature.
+All pairs of certified rungs are compared at once, by tables: see `plan.pairs`.
 """
 
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from comoe.plan.cost import Costs, hit_rate
-from comoe.plan.ladder import Band, Ladder, Rung
+from comoe.defaults import POLICY
+from comoe.plan.cost import Costs
+from comoe.plan.ladder import Array, Band, Indices, Ladder
+from comoe.plan.pairs import Pairs, Uses, pairs_of, uses_of
 from comoe.types import DoesNotFit
 
 TIE = 0.05
@@ -20,8 +22,8 @@ TIE = 0.05
 BACKGROUND_SHARE = 0.5
 """Of its time, what a read costs that nobody waits for, since the floor answers: it takes the processor's."""
 
-MIN_GROUPS = 2
-"""Experts that the cache must hold beside the floor: one that computes while the next is read."""
+UPPER = 1.5
+"""The upper end of a predicted time of experts, over the lower."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,12 +57,51 @@ class Plan:
         return {**asdict(self), "total_bytes": self.total_bytes, "wait_threshold": threshold}
 
 
-@dataclass(frozen=True, slots=True)
+class Candidates(NamedTuple):
+    """What K pairs of `Pairs` would do in a budget, each (K,); `coarse` and `missed` are shares of streamed uses."""
+
+    pair: Indices
+    room: Indices
+    missed: Array
+    coarse: Array
+    ms: Array
+    loss_low: Array
+    loss_high: Array
+
+
+@dataclass(frozen=True)
 class Planner:
-    """A ladder on a device: everything but the budget and the bound."""
+    """A ladder on a device, for a cache of `policy`: everything but the budget and the bound.
+
+    Its tables are made at first use; after that, a plan for another budget or bound takes well under a millisecond.
+    """
 
     ladder: Ladder
     costs: Costs
+    policy: str = POLICY
+
+    @cached_property
+    def pairs(self) -> Pairs:
+        """What depends on the ladder alone."""
+        return pairs_of(self.ladder)
+
+    @cached_property
+    def uses(self) -> Uses:
+        """What depends on how experts are used."""
+        return uses_of(self.pairs, self.ladder, self.policy)
+
+    @cached_property
+    def _computing_ms(self) -> Array:
+        """Time (rungs,) of a token's experts where all are resident."""
+        forms = self.ladder.exact.forms
+        return self.uses.touched @ np.array([self.costs.expert_ms(1.0, form) for form in forms])
+
+    def using(self, use: Sequence[Array]) -> "Planner":
+        """The planner for a session that uses experts as in `use`; what depends on the ladder alone is kept."""
+        found = Planner(self.ladder.using(use), self.costs, self.policy)
+        rungs = tuple(rung for rung in found.ladder.certified)
+        found.__dict__["pairs"] = replace(self.pairs, rungs=rungs)
+        return found
 
     def best(self, budget: int, max_loss: float, *, name: str = "bounded") -> Plan:
         """The fastest plan in `budget` bytes of expert memory with at most `max_loss` predicted loss.
@@ -68,64 +109,63 @@ class Planner:
         Of plans that are as fast within `TIE`, the one that loses least: a bound is a permission, not a wish. Raises
         DoesNotFit with the smallest budget at which there is one.
         """
-        plans = [
-            plan
-            for floor, target in self._pairs(max_loss)
-            if (plan := self._plan(name, floor, target, budget, max_loss)) is not None
-        ]
-        if not plans:
+        found = self._candidates(self.pairs.allowed(max_loss), budget, max_loss)
+        if not len(found.pair):
             smallest = self.smallest(max_loss)
             raise DoesNotFit(f"experts need at least {smallest} bytes of memory, {budget} were given.", smallest)
-        fastest = min(plan.ms_per_token.high for plan in plans)
-        tied = [plan for plan in plans if plan.ms_per_token.high <= fastest * (1 + TIE)]
-        return min(tied, key=lambda plan: (plan.loss.high, plan.ms_per_token.high))
+        upper = self.costs.framework_ms.high + UPPER * found.ms
+        tied = np.flatnonzero(upper <= upper.min() * (1 + TIE))
+        least = tied[np.lexsort((upper[tied], found.loss_high[tied]))[0]]
+        return self._plan(name, found, int(least))
 
     def smallest(self, max_loss: float) -> int:
         """The least expert memory at which `best` finds a plan."""
-        return min(_floor_bytes(floor) + self._reserve(floor, target) for floor, target in self._pairs(max_loss))
+        allowed = self.pairs.allowed(max_loss)
+        return int((self.pairs.floor_bytes + self.pairs.reserve)[allowed].min())
 
-    def _pairs(self, max_loss: float) -> Iterator[tuple[Rung | None, Rung]]:
-        """Pairs of a floor and a target whose target alone keeps the bound. A bound of 0 means the exact form."""
-        exact = self.ladder.exact
-        yield None, exact
-        if max_loss <= 0:
-            return
-        certified = self.ladder.certified
-        for i, target in enumerate(certified):
-            if target.price <= max_loss:
-                yield from ((floor, target) for floor in (None, *certified[:i]) if (floor, target) != (None, exact))
+    def _candidates(self, allowed: Indices, budget: int, max_loss: float) -> Candidates:
+        """What those of `allowed` pairs do that fit."""
+        pairs, uses = self.pairs, self.uses
+        room = np.minimum(budget - pairs.floor_bytes[allowed], pairs.whole[allowed])
+        fits = room >= pairs.reserve[allowed]
+        at, room = allowed[fits], room[fits]
+        floor, target, whole = pairs.floor[at], pairs.target[at], pairs.whole[at]
+        unit = whole / np.maximum(self._num_streamed[at], 1)
+        held = np.where(room >= whole, np.inf, room / np.maximum(unit, 1e-12))
+        missed = 1.0 - uses.curves.hits(at, held)
+        gap = uses.exposure[at] * (pairs.price[floor] - pairs.price[target])
+        left = (max_loss - pairs.price[target]) / np.where(gap > 0, gap, 1.0)
+        coarse = np.where(floor < 0, 0.0, np.where(gap > 0, np.minimum(missed, left), missed))
+        waits = uses.streamed[at] * (missed - coarse + BACKGROUND_SHARE * coarse)
+        ms = self._computing_ms[target] + self.costs.read_ms(1.0, 0.0) * waits * unit + self.costs.read_ms(0, 1) * waits
+        ends = [(end[floor], end[target]) for end in (pairs.low, pairs.high)]
+        return Candidates(at, room, missed, coarse, ms, *mixed_loss(*ends, coarse * uses.exposure[at]))
 
-    def _reserve(self, floor: Rung | None, target: Rung) -> int:
-        return min(target.beside(floor), MIN_GROUPS * target.group_beside(floor))
+    @cached_property
+    def _num_streamed(self) -> Indices:
+        found: Indices = self.pairs.streamed.sum(1)
+        return found
 
-    def _plan(self, name: str, floor: Rung | None, target: Rung, budget: int, max_loss: float) -> Plan | None:
-        whole = target.beside(floor)
-        room = min(budget - _floor_bytes(floor), whole)
-        if room < self._reserve(floor, target):
-            return None
-        use, streamed = target.use, target.streamed_beside(floor)
-        unit = whole / max(int((target.groups_beside(floor) > 0).sum()), 1)
-        missed = 1.0 - hit_rate(streamed[streamed > 0], len(use) if room >= whole else room / unit)
-        exposure = self.ladder.exposure(target, floor)
-        coarse = _coarse_share(floor, target, missed, max_loss, exposure)
-        num_streamed = float(streamed.sum())
-        waits = num_streamed * (missed - coarse + BACKGROUND_SHARE * coarse)
-        ms = sum(self.costs.expert_ms(nbytes, form) for form, nbytes in target.touched.items())
-        ms += self.costs.read_ms(waits * unit, waits)
-        fetch = _floor_bytes(floor) + round(num_streamed * missed * unit)
+    def _plan(self, name: str, found: Candidates, at: int) -> Plan:
+        pairs, uses, pair = self.pairs, self.uses, int(found.pair[at])
+        floor = pairs.rungs[pairs.floor[pair]] if pairs.floor[pair] >= 0 else None
+        target, floor_bytes = pairs.rungs[pairs.target[pair]], int(pairs.floor_bytes[pair])
+        missed, coarse, ms = float(found.missed[at]), float(found.coarse[at]), float(found.ms[at])
+        unit = pairs.whole[pair] / max(int(self._num_streamed[pair]), 1)
+        streamed = float(uses.streamed[pair])
         return Plan(
             name=name,
             floor=floor.name if floor else None,
             target=target.name,
-            floor_bytes=_floor_bytes(floor),
-            refinement_bytes=room,
+            floor_bytes=floor_bytes,
+            refinement_bytes=int(found.room[at]),
             wait_threshold=self._threshold(coarse / missed if missed else 1.0) if floor else 0.0,
-            ms_per_token=Band(self.costs.framework_ms.low + ms, self.costs.framework_ms.high + 1.5 * ms),
-            loss=_mixed_loss(floor, target, coarse * exposure),
-            start_seconds=self.costs.read_ms(_floor_bytes(floor), 1) / 1e3,
-            fetch_bytes=fetch,
+            ms_per_token=Band(self.costs.framework_ms.low + ms, self.costs.framework_ms.high + UPPER * ms),
+            loss=Band(float(found.loss_low[at]), float(found.loss_high[at])),
+            start_seconds=self.costs.read_ms(floor_bytes, 1) / 1e3,
+            fetch_bytes=floor_bytes + round(streamed * missed * float(unit)),
             shares=target.shares_over(floor, coarse),
-            hit_rate=1.0 - missed * num_streamed / max(float(use.sum()), 1e-12),
+            hit_rate=1.0 - missed * streamed / max(uses.total, 1e-12),
         )
 
     def _threshold(self, share: float) -> float:
@@ -160,25 +200,10 @@ def uniform(ladder: Ladder, form: str) -> Plan:
     return Plan(form, None, form, 0, rung.nbytes, 0.0, unknown, rung.loss_ci95, 0.0, rung.nbytes, rung.shares, 1.0)
 
 
-def _floor_bytes(floor: Rung | None) -> int:
-    return floor.nbytes if floor else 0
+def mixed_loss(low: tuple[Array, Array], high: tuple[Array, Array], coarse: Array) -> tuple[Array, Array]:
+    """The interval of the loss where `coarse` of the streamed uses take the floor: all on certified text make its own.
 
-
-def _coarse_share(floor: Rung | None, target: Rung, missed: float, max_loss: float, exposure: float) -> float:
-    """Share of streamed uses that may take the floor: all misses, or what the bound leaves beside the target's loss."""
-    if floor is None:
-        return 0.0
-    gap = exposure * (floor.price - target.price)
-    return missed if gap <= 0 else min(missed, (max_loss - target.price) / gap)
-
-
-def _mixed_loss(floor: Rung | None, target: Rung, coarse: float) -> Band:
-    """The loss where `coarse` of the streamed uses take the floor: all that there are on certified text make its own.
-
-    A session that uses them more may have more than all.
+    `low` and `high` are those of (floor, target). A session that uses the floor's more may have more than all.
     """
-    low, high = target.loss_ci95
-    if floor is not None:
-        low += coarse * (floor.loss_ci95.low - low)
-        high += coarse * (floor.loss_ci95.high - high)
-    return Band(max(0.0, min(low, high)), max(0.0, high))
+    lower, upper = (target + coarse * (floor - target) for floor, target in (low, high))
+    return np.maximum(np.minimum(lower, upper), 0.0), np.maximum(upper, 0.0)
