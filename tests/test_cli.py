@@ -86,6 +86,44 @@ def test_a_slower_link_makes_a_slower_plan(comoe: Comoe, packed: Path) -> None:
     assert slow["ms_per_token"][0] > 10 * fast["ms_per_token"][0]
 
 
+@pytest.mark.parametrize("words", [(), ("--link", "40Mbit,20ms")])
+def test_before_a_pack_is_downloaded_its_manifest_is_planned(
+    comoe: Comoe, packed: Path, words: tuple[str, ...]
+) -> None:
+    Path("p").mkdir()
+    shutil.copy(packed / "comoe.json", "p")
+    asked = ("--expert-memory", "40%", "--exact", "--json")
+    result = comoe("plan", "p", *asked, *words)
+    (here, *_), (there, *_) = document(result)["plans"], document(comoe("plan", packed, *asked))["plans"]
+    assert "p holds a manifest and no weights yet" in result.err
+    known = ("target", "floor_bytes", "refinement_bytes", "shares", "hit_rate", "fetch_bytes", "loss")
+    assert {key: here[key] for key in known} == {key: there[key] for key in known}
+    shutil.copy(packed / "dense.safetensors", "p")
+    (part, *_) = (part for layer in read_manifest(packed).layers for part in layer.parts.values() if part.file)
+    assert part.file is not None
+    assert comoe("plan", "p", *asked, *words).code != 0  # a pack that lost files is none that is yet to come
+
+
+def test_over_a_link_reads_take_its_rate_and_round_trip(comoe: Comoe, packed: Path) -> None:
+    words = ("--expert-memory", "20%", "--exact", "--json", "--link")
+    (slow, *_), (slower, *_) = (
+        document(comoe("plan", packed, *words, link))["plans"] for link in ("8Mbit,100ms", "8Mbit,300ms")
+    )
+    reads = 4 * (1 - slow["hit_rate"])  # of two layers' top-2
+    assert slower["ms_per_token"][0] - slow["ms_per_token"][0] == pytest.approx(200 * reads, rel=0.2)
+    assert slow["start_seconds"] == pytest.approx(0.1 + slow["floor_bytes"] / 1e6)
+
+
+def test_a_policy_that_keeps_the_most_used_is_planned_to_hit_no_less(comoe: Comoe, packed: Path) -> None:
+    rates = {
+        policy: document(comoe("plan", packed, "--expert-memory", "40%", "--exact", "--json", "--policy", policy))
+        for policy in ("lru", "lfu")
+    }
+    assert rates["lfu"]["plans"][0]["hit_rate"] > rates["lru"]["plans"][0]["hit_rate"]
+    refused = comoe("plan", packed, "--policy", "random")
+    assert (refused.code, refused.out) == (2, "") and "choose from" in refused.sentence
+
+
 def test_a_plan_counts_what_the_compute_dtype_takes(comoe: Comoe, packed: Path) -> None:
     needed = [
         document(comoe("plan", packed, "--memory", "2GiB", "--dtype", dtype, "--json"))["beside_experts_bytes"]

@@ -100,14 +100,16 @@ def che(use: np.ndarray, num_cached: float) -> float:
 
 
 @given(uses, st.floats(0, 0.99))
-def test_between_two_tabulated_times_the_hits_are_those_of_the_characteristic_time(use: np.ndarray, share: float) -> None:
+def test_between_two_tabulated_times_hits_are_those_of_the_characteristic_time(use: np.ndarray, share: float) -> None:
     assert hit_rate(use, share * len(use)) == pytest.approx(che(use, share * len(use)), abs=2e-5)
 
 
 @given(uses, shares)
 def test_lfu_keeps_the_most_used(use: np.ndarray, share: float) -> None:
     order = np.concatenate([[0], np.cumsum(np.sort(use)[::-1])]) / use.sum()
-    assert hit_rate(use, share * len(use), "lfu") == pytest.approx(np.interp(share * len(use), range(len(order)), order))
+    assert hit_rate(use, share * len(use), "lfu") == pytest.approx(
+        np.interp(share * len(use), range(len(order)), order)
+    )
 
 
 @pytest.mark.parametrize("policy", ["lru", "lfu"])

@@ -350,8 +350,8 @@ def test_a_session_that_needs_coarse_experts_more_than_the_certified_text_loses_
     slow = Costs(read_bps=1e7, read_latency_s=0.0, memory_bps=1e10, framework_ms=Band(0.0, 0.0))
     room = 4 * MIB + 4 * MIB // 8 + 2 * MIB
     planner = Planner(session, slow)
-    rungs = [rung.name for rung in planner.pairs.rungs]
-    (pair,) = np.flatnonzero((planner.pairs.floor == rungs.index("half")) & (planner.pairs.target == rungs.index("exact")))
+    pairs, (half, exact) = planner.pairs, (0, 1)
+    (pair,) = np.flatnonzero((pairs.floor == half) & (pairs.target == exact))
     loose, tight = (
         planner._plan("", planner._candidates(np.array([pair]), room, bound), 0) for bound in (0.044, 0.022)
     )

@@ -430,6 +430,21 @@ def test_a_plan_for_a_session_that_keeps_to_few_experts_predicts_more_hits(comoe
     assert "there is no profile absent" in result.sentence
 
 
+def test_a_profile_that_a_setting_names_and_no_run_made_yet_is_none(
+    comoe: Comoe, packed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("plan", packed, "--expert-memory", "40%", "--exact", "--json")
+    plain = document(comoe(*words))["plans"][0]["hit_rate"]
+    Path("comoe.toml").write_text('profile = "later"\n')
+    from_file = comoe(*words)
+    monkeypatch.setenv("COMOE_PROFILE", "soon")
+    from_environment = comoe(*words)
+    assert [document(got)["plans"][0]["hit_rate"] for got in (from_file, from_environment)] == [plain, plain]
+    assert "no profile later yet" in from_file.err and "no profile soon yet" in from_environment.err
+    Path("soon").write_text("damaged")
+    assert comoe(*words).code == 2
+
+
 def test_a_model_is_loaded_by_the_plan_for_its_session(packed: Path, tmp_path: Path) -> None:
     write_profile(tmp_path / "few", one_sided(packed, 1000))
     rates = []

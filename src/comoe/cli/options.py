@@ -69,6 +69,10 @@ ProfilePath = Annotated[
     ),
 ]
 
+PolicyName = Annotated[
+    str, Option(envvar="COMOE_POLICY", metavar="lru|lfu|gdsf", help="Which experts leave the cache first.")
+]
+
 
 class Wish(NamedTuple):
     """How much memory, and which loss, as flags ask for them; `max_loss` is a fraction."""

@@ -1,13 +1,14 @@
 """`comoe plan`: what a pack could do in a budget, before anything is loaded."""
 
 import os
+import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from typing import Annotated, Any
 
+import typer
 from typer import Option
 
 from comoe.cli.options import (
@@ -19,23 +20,28 @@ from comoe.cli.options import (
     MaxLoss,
     Memory,
     PackPath,
+    PolicyName,
     ProfilePath,
     Source,
     Threads,
     Wish,
     wish,
 )
-from comoe.cli.terminal import print_json, print_table
-from comoe.defaults import CONTEXT
+from comoe.cli.terminal import print_json, print_table, say
+from comoe.defaults import CONTEXT, POLICY
 from comoe.device import process
-from comoe.device.costs import measured_costs
+from comoe.device.costs import device_costs, measured_costs
+from comoe.device.doctor import disk_of
 from comoe.device.memory import check_possible, default_memory
+from comoe.device.probe import LEAST_LATENCY_S
+from comoe.memory.policy import POLICIES
 from comoe.plan.cost import Costs
 from comoe.plan.footprint import INTERPRETER_BYTES, Workload, advised, beside_experts, dtype_of
 from comoe.plan.ladder import ladder_of
 from comoe.plan.planner import Plan, Planner, frontier
-from comoe.store.pack import Pack, refuse_idle_source
-from comoe.store.profile import read_profile
+from comoe.store.manifest import Manifest, read_manifest
+from comoe.store.pack import Pack, is_downloaded, refuse_idle_source
+from comoe.store.profile import Profile, read_profile
 from comoe.types import DoesNotFit, UsageError
 from comoe.units import format_size, parse_budget, parse_link, parse_size
 
@@ -44,6 +50,7 @@ OFFERED_LOSS = 0.02
 
 
 def command(
+    called: typer.Context,
     pack: PackPath,
     memory: Memory = None,
     expert_memory: ExpertMemory = None,
@@ -58,6 +65,7 @@ def command(
     ] = None,
     source: Source = None,
     profile: ProfilePath = None,
+    policy: PolicyName = POLICY,
     json: Json = False,
 ) -> None:
     """Show what would run in a budget, and what it costs.
@@ -65,17 +73,22 @@ def command(
     \b
     comoe plan qwen.comoe --memory 4GiB --max-loss 2%
 
-    Plans from exact to small, with what they cost. Times are predicted from rates measured here and now. Exit code 3
-    where no plan within the bound fits, with the smallest memory that would do.
+    Plans from exact to small, with what they cost. Times are predicted from rates measured here and now. Before a pack
+    is downloaded, a folder with its comoe.json will do. Exit code 3 where no plan within the bound fits, with the
+    smallest memory that would do.
     """
     wished = wish(memory, expert_memory, max_loss, exact)
-    opened = Pack(pack, source=source)
-    refuse_idle_source(source, pack, opened.manifest)
-    known = read_profile(profile) if profile is not None else None
-    planner = Planner(ladder_of(opened.manifest, known), _costs(opened, dtype, threads, link))
+    if policy not in POLICIES:
+        raise UsageError(f"there is no policy {policy!r}: choose from {', '.join(POLICIES)}.")
+    manifest = read_manifest(pack)
+    refuse_idle_source(source, pack, manifest)
+    from_flag = called.get_parameter_source("profile").name == "COMMANDLINE"  # type: ignore[union-attr]
+    known = _known(profile, from_flag)
+    costs = _costs(pack, manifest, source, dtype, threads, link)
+    planner = Planner(ladder_of(manifest, known), costs, policy)
     forms = planner.ladder.forms(wished.max_loss)
-    work = Workload(context or CONTEXT, dtype_of(opened.manifest, dtype), forms)
-    budget, beside = _expert_budget(wished, opened, work)
+    work = Workload(context or CONTEXT, dtype_of(manifest, dtype), forms)
+    budget, beside = _expert_budget(wished, pack, manifest, work)
     offered = wished.max_loss if exact or max_loss is not None else OFFERED_LOSS
     plans = frontier(planner, budget, offered)
     smallest = planner.smallest(wished.max_loss)
@@ -113,20 +126,41 @@ def _row(plan: Plan) -> list[str]:
     ]
 
 
-def _costs(pack: Pack, dtype: str | None, threads: int | None, link: str | None) -> Costs:
+def _known(profile: Path | None, from_flag: bool) -> Profile | None:
+    """The profile to plan by. One that a setting names and no run made yet is none, as `comoe run` takes it."""
+    if profile is None or (not from_flag and not profile.exists()):
+        if profile is not None:
+            say(f"there is no profile {profile} yet: planned as if any text came; `comoe run` makes it.")
+        return None
+    return read_profile(profile)
+
+
+def _costs(
+    folder: Path, manifest: Manifest, source: Path | None, dtype: str | None, threads: int | None, link: str | None
+) -> Costs:
+    """Rates of this device; those of reading are of the link, of the pack, or of a disk to which it might come."""
     cores = len(os.sched_getaffinity(0))
-    costs = measured_costs(pack, perf_counter, threads=min(threads or cores, cores), dtype=dtype)
-    if link is not None:
-        rate, latency = parse_link(link)
-        costs = replace(costs, read_bps=rate, read_latency_s=latency)
-    return costs
+    threads = min(threads or cores, cores)
+    reading = parse_link(link) if link is not None else None
+    if is_downloaded(folder):
+        opened = Pack(folder, source=source)  # refuses one that is not whole
+        if reading is None:
+            return measured_costs(opened, perf_counter, threads=threads, dtype=dtype)
+    elif reading is None:
+        say(
+            f"{folder} holds a manifest and no weights yet: reads are timed by a scratch file on this disk; see --link."
+        )
+        reading = (disk_of(Path(tempfile.gettempdir()), perf_counter)[0], LEAST_LATENCY_S)
+    else:
+        say(f"{folder} holds a manifest and no weights yet: planned from what it says; reads go over the link.")
+    return device_costs(manifest, reading, perf_counter, threads=threads, dtype=dtype)
 
 
-def _expert_budget(wished: Wish, pack: Pack, work: Workload) -> tuple[int, int]:
+def _expert_budget(wished: Wish, folder: Path, manifest: Manifest, work: Workload) -> tuple[int, int]:
     """(bytes for experts, bytes that the process needs beside them)."""
     if wished.expert_memory is not None:
-        return parse_budget(wished.expert_memory, pack.manifest.expert_bytes_bf16), 0
-    beside = beside_experts(pack.manifest, work, _interpreter_bytes(pack.folder))
+        return parse_budget(wished.expert_memory, manifest.expert_bytes_bf16), 0
+    beside = beside_experts(manifest, work, _interpreter_bytes(folder))
     if wished.memory is None:
         return default_memory() - beside, beside
     check_possible(parse_size(wished.memory))

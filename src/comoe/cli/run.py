@@ -17,6 +17,7 @@ from comoe.cli.options import (
     MaxLoss,
     Memory,
     PackPath,
+    PolicyName,
     ProfilePath,
     Seed,
     Source,
@@ -73,9 +74,7 @@ def command(
         list[str] | None, Option(envvar="COMOE_EDGE", metavar="URL...", help="Edge nodes to read from.")
     ] = None,
     profile: ProfilePath = None,
-    policy: Annotated[
-        str, Option(envvar="COMOE_POLICY", metavar="lru|lfu|gdsf", help="Which experts leave the cache first.")
-    ] = POLICY,
+    policy: PolicyName = POLICY,
     prefetch: Annotated[
         str,
         Option(envvar="COMOE_PREFETCH", metavar="auto|on|off", help="Read experts ahead; auto: while it saves time."),

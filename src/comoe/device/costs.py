@@ -19,20 +19,27 @@ LAYER_MS = (0.3, 1.5)
 
 
 def measured_costs(pack: Pack, clock: Clock, *, threads: int = 1, dtype: str | None = None) -> Costs:
-    """Rates of memory, of reading experts and of computing with every form of them, measured in a fraction of a second.
+    """`device_costs`, with experts read from where they are."""
+    reading = read_rate(pack, _probes(pack.manifest), clock)
+    return device_costs(pack.manifest, reading, clock, threads=threads, dtype=dtype)
 
-    What a token costs outside its experts is a wide band: for the dense part in `dtype`, by default the checkpoint's,
-    and at most `threads` threads.
+
+def device_costs(
+    manifest: Manifest, reading: tuple[float, float], clock: Clock, *, threads: int = 1, dtype: str | None = None
+) -> Costs:
+    """Rates of memory and of computing with every form of experts, measured in a fraction of a second.
+
+    `reading` is what reads have: bytes per second, and seconds of latency. No file of a pack is needed. What a token
+    costs outside its experts is a wide band: for the dense part in `dtype`, by default the checkpoint's, and at most
+    `threads` threads.
     """
-    manifest = pack.manifest
     computed = [form for form in manifest.forms if FORM_PARTS[form]]
     memory = memory_bps(clock)
     together = max(memory, memory_bps(clock, threads=threads)) if threads > 1 else memory
     dense = dense_bytes(manifest, dtype_of(manifest, dtype))
     framework_ms = expected_framework_ms(dense, manifest.dense.num_layers, memory, together)
-    rate, latency = read_rate(pack, _probes(manifest), clock)
     forms = {form: _compute_bps(manifest, form, clock) for form in computed} if native.available() else {}
-    return Costs(rate, latency, memory, framework_ms, forms)
+    return Costs(*reading, memory, framework_ms, forms)
 
 
 def _probes(manifest: Manifest) -> list[BlobId]:

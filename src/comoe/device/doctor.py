@@ -39,7 +39,7 @@ def examine(folder: Path, clock: Clock) -> Findings:
     """Look at this device; `folder` is where packs are, whose disk is measured. Raises UsageError."""
     limit = memory_limit()
     kernel = native.kernel_name()
-    disk, direct = _disk(folder, clock)
+    disk, direct = disk_of(folder, clock)
     torch, transformers = package_version("torch"), package_version("transformers")
     problems = _problems(kernel, limit.nbytes, disk, direct, torch if transformers else None)
     return Findings(
@@ -74,7 +74,8 @@ def _problems(kernel: str, memory: int, disk: float, direct: bool, torch: str | 
     return problems
 
 
-def _disk(folder: Path, clock: Clock) -> tuple[float, bool]:
+def disk_of(folder: Path, clock: Clock) -> tuple[float, bool]:
+    """(bytes per second, whether directly) of the disk of `folder`. Raises UsageError."""
     try:
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".comoe-doctor-") as file:
             return disk_bps(Path(file.name), clock)

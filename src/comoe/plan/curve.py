@@ -65,7 +65,8 @@ class Ranked:
         clipped = np.clip(held, 0.0, last)
         below = np.minimum(clipped.astype(np.int64), last - 1)
         low, high = self.rate[of, below], self.rate[of, below + 1]
-        return low + (clipped - below) * (high - low)
+        found: Array = low + (clipped - below) * (high - low)
+        return found
 
 
 def curves(use: Array, members: Flags, policy: str) -> Curves:

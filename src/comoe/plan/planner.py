@@ -93,8 +93,9 @@ class Planner:
     @cached_property
     def _computing_ms(self) -> Array:
         """Time (rungs,) of a token's experts where all are resident."""
-        forms = self.ladder.exact.forms
-        return self.uses.touched @ np.array([self.costs.expert_ms(1.0, form) for form in forms])
+        per_byte = np.array([self.costs.expert_ms(1.0, form) for form in self.ladder.exact.forms])
+        found: Array = self.uses.touched @ per_byte
+        return found
 
     def using(self, use: Sequence[Array]) -> "Planner":
         """The planner for a session that uses experts as in `use`; what depends on the ladder alone is kept."""
@@ -138,8 +139,8 @@ class Planner:
         coarse = np.where(floor < 0, 0.0, np.where(gap > 0, np.minimum(missed, left), missed))
         waits = uses.streamed[at] * (missed - coarse + BACKGROUND_SHARE * coarse)
         ms = self._computing_ms[target] + self.costs.read_ms(1.0, 0.0) * waits * unit + self.costs.read_ms(0, 1) * waits
-        ends = [(end[floor], end[target]) for end in (pairs.low, pairs.high)]
-        return Candidates(at, room, missed, coarse, ms, *mixed_loss(*ends, coarse * uses.exposure[at]))
+        low, high = ((end[floor], end[target]) for end in (pairs.low, pairs.high))
+        return Candidates(at, room, missed, coarse, ms, *mixed_loss(low, high, coarse * uses.exposure[at]))
 
     @cached_property
     def _num_streamed(self) -> Indices:

@@ -203,7 +203,7 @@ class Loader:
 
     def planner(self) -> Planner:
         """A planner with this device's rates; what a token costs beside its experts is not known yet."""
-        return Planner(self.ladder, measured_costs(self.pack, perf_counter))
+        return Planner(self.ladder, measured_costs(self.pack, perf_counter), self.options.policy)
 
     def _least(self) -> int:
         """The least expert memory that there is a plan for."""

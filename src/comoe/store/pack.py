@@ -152,6 +152,11 @@ class Pack:
         return "the file is damaged: pack again."
 
 
+def is_downloaded(folder: Path) -> bool:
+    """Whether the pack in `folder` has more than its manifest and other small files: any weights at all."""
+    return any(folder.glob("*.safetensors"))
+
+
 def folder_bytes(folder: Path) -> int:
     """Bytes of the files in `folder`."""
     return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
