@@ -28,7 +28,7 @@ from comoe.make.protocol import Evaluation
 from comoe.make.score import DomainScore, Score, compare
 from comoe.make.text import windows
 from comoe.plan.ladder import Ladder, ladder_of
-from comoe.plan.pinned import Pin, smallest
+from comoe.plan.pin import Pin, smallest
 from comoe.runtime.generate import quiet_transformers, tokenizer_of
 from comoe.runtime.load import Loader, Options, load
 from comoe.store.decisions import identity, read_decisions, write_decisions

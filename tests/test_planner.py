@@ -352,9 +352,7 @@ def test_a_session_that_needs_coarse_experts_more_than_the_certified_text_loses_
     planner = Planner(session, slow)
     pairs, (half, exact) = planner.pairs, (0, 1)
     (pair,) = np.flatnonzero((pairs.floor == half) & (pairs.target == exact))
-    loose, tight = (
-        planner._plan("", planner._candidates(np.array([pair]), room, bound), 0) for bound in (0.044, 0.022)
-    )
+    loose, tight = (planner._plan("", planner.candidates(np.array([pair]), room, bound), 0) for bound in (0.044, 0.022))
     assert loose.hit_rate == pytest.approx(1 - 0.75 / 2)
     assert loose.loss.high == pytest.approx(1.5 * 0.044 / 2)
     assert tight.loss.high == pytest.approx(0.022)

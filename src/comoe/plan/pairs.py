@@ -20,8 +20,8 @@ class Pairs:
 
     `floor` (P,) and `target` (P,) are indices into `rungs`, -1 where there is no floor. Of bytes of memory: those of
     the floor, what the target needs beside it, and the least of it that a cache must hold, all (P,). `streamed` (P, N)
-    says which experts are not whole in the floor, `low` and `high` are the ends (rungs + 1,) of certified losses, 0 for
-    no floor, and `price` (rungs + 1,) the losses to reckon with.
+    says which experts are not whole in the floor, `nbytes` (rungs, N) are all that an expert needs. `low` and `high`
+    are the ends (rungs + 1,) of certified losses, 0 for no floor, `price` (rungs + 1,) the losses to reckon with.
     """
 
     rungs: tuple[Rung, ...]
@@ -31,6 +31,7 @@ class Pairs:
     whole: Indices
     reserve: Indices
     streamed: Flags
+    nbytes: Array
     low: Array
     high: Array
     price: Array
@@ -63,6 +64,7 @@ def pairs_of(ladder: Ladder) -> Pairs:
         whole=whole,
         reserve=np.minimum(whole, MIN_GROUPS * groups.max(1, initial=0)),
         streamed=groups > 0,
+        nbytes=np.stack([rung.groups_beside(None) for rung in rungs]),
         low=losses[:, 0],
         high=losses[:, 1],
         price=losses[:, 2],
@@ -88,12 +90,14 @@ class Uses:
 def uses_of(pairs: Pairs, ladder: Ladder, policy: str) -> Uses:
     """For the ladder's use of experts and a cache of `policy`."""
     use, certified = np.concatenate(ladder.use), np.concatenate(ladder.calibrated)
-    forms = range(len(ladder.exact.forms))
-    weights = [np.bincount(rung.form, use * rung.sizes[rung.needs].sum(1), len(forms)) for rung in pairs.rungs]
+    num_forms = len(ladder.exact.forms)
+    touched = use * pairs.nbytes
     return Uses(
         streamed=pairs.streamed @ use,
         exposure=shares_of(use, pairs.streamed, 0.0) / shares_of(certified, pairs.streamed),
-        touched=np.stack(weights),
+        touched=np.stack(
+            [np.bincount(rung.form, each, num_forms) for rung, each in zip(pairs.rungs, touched, strict=True)]
+        ),
         curves=curves(use, pairs.streamed, policy),
         total=float(use.sum()),
     )

@@ -110,7 +110,7 @@ class Planner:
         Of plans that are as fast within `TIE`, the one that loses least: a bound is a permission, not a wish. Raises
         DoesNotFit with the smallest budget at which there is one.
         """
-        found = self._candidates(self.pairs.allowed(max_loss), budget, max_loss)
+        found = self.candidates(self.pairs.allowed(max_loss), budget, max_loss)
         if not len(found.pair):
             smallest = self.smallest(max_loss)
             raise DoesNotFit(f"experts need at least {smallest} bytes of memory, {budget} were given.", smallest)
@@ -124,7 +124,7 @@ class Planner:
         allowed = self.pairs.allowed(max_loss)
         return int((self.pairs.floor_bytes + self.pairs.reserve)[allowed].min())
 
-    def _candidates(self, allowed: Indices, budget: int, max_loss: float) -> Candidates:
+    def candidates(self, allowed: Indices, budget: int, max_loss: float) -> Candidates:
         """What those of `allowed` pairs do that fit."""
         pairs, uses = self.pairs, self.uses
         room = np.minimum(budget - pairs.floor_bytes[allowed], pairs.whole[allowed])

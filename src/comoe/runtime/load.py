@@ -22,7 +22,7 @@ from comoe.plan.cost import Costs
 from comoe.plan.footprint import FIRST_USE_FILE_BYTES, Workload, advised, beside_experts, dtype_of, unseen_bytes
 from comoe.plan.ladder import Band, Ladder, ladder_of
 from comoe.plan.ledger import Ledger
-from comoe.plan.pinned import Pin, deterministic, pinned, smallest
+from comoe.plan.pin import Pin, deterministic, pinned, smallest
 from comoe.plan.planner import Plan, Planner, uniform
 from comoe.runtime.budget import FIRST_TOKENS, WarmUp, warm_up
 from comoe.runtime.choices import Choices, conditions
