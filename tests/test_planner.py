@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from math import inf
+from random import Random
 
 import numpy as np
 import pytest
@@ -358,6 +359,27 @@ def test_a_session_that_needs_coarse_experts_more_than_the_certified_text_loses_
     assert tight.loss.high == pytest.approx(0.022)
     assert tight.shares["q4"] == pytest.approx(0.022 / (1.5 * 0.044) * 0.75)
     assert session.prices("exact", "half") == HALF_EXACT.prices("exact", "half")
+
+
+@given(planners, shares, bounds, st.randoms(use_true_random=False))
+@settings(deadline=None)
+def test_a_planner_for_another_session_plans_as_one_that_is_made_for_it(
+    planner: Planner, share: float, bound: float, random: Random
+) -> None:
+    use = [np.array(random.sample(layer.tolist(), len(layer))) for layer in planner.ladder.use]
+    other, budget = planner.using(use), budget_of(planner, share)
+    assert other.pairs.streamed is planner.pairs.streamed
+    anew = Planner(other.ladder, planner.costs)
+    assert plan_of(other, budget, bound) == plan_of(anew, budget, bound)
+    plan = plan_of(anew, budget, 0.0)
+    if plan is not None and plan.refinement_bytes < planner.ladder.exact.nbytes:
+        held = plan.refinement_bytes / planner.ladder.exact.nbytes * len(other.ladder.exact.use)
+        assert plan.hit_rate == pytest.approx(hit_rate(np.concatenate(use), held), abs=1e-4)
+
+
+def test_a_cache_that_keeps_the_most_used_is_planned_to() -> None:
+    plan = Planner(LADDER, COSTS, "lfu").best(WHOLE // 2, 0.0)
+    assert plan.hit_rate == pytest.approx((2 * 0.5 + 4 / 3) / 4)  # two experts of a half, four of a third
 
 
 def test_the_loss_of_more_coarse_uses_than_were_certified_is_still_a_band() -> None:
