@@ -4,8 +4,8 @@ import pytest
 from packs import write_pack
 
 from comoe.plan.ladder import Ladder, ladder_of
+from comoe.plan.pairs import MIN_GROUPS
 from comoe.plan.pin import Pin, deterministic, pinned, smallest
-from comoe.plan.planner import MIN_GROUPS
 from comoe.store.manifest import read_manifest
 from comoe.types import DoesNotFit
 
