@@ -29,7 +29,7 @@ from comoe.units import format_size
 UP_TO = 0.25
 """Of the experts' bytes, up to which size steps are healed: beyond, little is lost."""
 
-RATE = 3e-3
+RATE = 6e-3
 """Of Adam, on factors that begin at one; it falls to nothing."""
 
 BATCH = 8
@@ -37,6 +37,10 @@ BATCH = 8
 
 PROBES = 3
 """Steps of the chain, spread over those healed, that are certified as they were: the two must be compared."""
+
+LEAST = 1e-6
+"""Divergence, in nats, that counts for nothing. What counts is which share of a step's own goes, not how many nats: else
+those that lost most would be all that is learnt from."""
 
 MEMORY_SHARE = 0.8
 """Of what is free, how much healing may take."""
@@ -143,7 +147,7 @@ def train(
             divergence = kl_div(got, wanted, reduction="sum", log_target=True) / (got.shape[0] * got.shape[1])
             optimizer.zero_grad()
             if divergence.requires_grad:  # else no token came by an expert that is trained
-                torch.autograd.backward(divergence)
+                torch.autograd.backward(divergence / divergence.detach().clamp(min=LEAST))
         optimizer.step()
         lessons.heed(step, float(divergence.detach()))
 
