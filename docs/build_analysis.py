@@ -1,4 +1,4 @@
-"""Write docs/analysis.md from the raw results of benchmarks/ladder.json: which form wins where, and why."""
+"""Write docs/analysis.md from raw results, benchmarks/ladder.json and healing.json: which form wins where, and why."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -10,7 +10,7 @@ from comoe.bench.losses import percent, percents
 
 Row = dict[str, Any]
 SAID = {"shuffled": "shuffled within layers they cost", "layer mean": "replaced by their layer's mean"}
-RESULT = Path(__file__).parents[1] / "benchmarks" / "ladder.json"
+RESULTS = Path(__file__).parents[1] / "benchmarks"
 FAMILIES = {
     "fewer bits": ("round to nearest", "gptq"),
     "fewer experts": ("plain average", "m-smoe", "hc-smoe", "reap", "reap + int4"),
@@ -35,17 +35,18 @@ TOLD = """\
 
 def main() -> None:
     """Print the page."""
-    print("\n".join(_lines(json.loads(RESULT.read_text("utf-8")))))
+    ladder, healing = (json.loads((RESULTS / f"{name}.json").read_text("utf-8")) for name in ("ladder", "healing"))
+    print("\n".join(_lines(ladder, healing)))
 
 
-def _lines(document: dict[str, Any]) -> Iterator[str]:
+def _lines(document: dict[str, Any], healing: dict[str, Any]) -> Iterator[str]:
     rows, settings = document["rows"], document["settings"]
     yield "# Which form wins where, and why"
     yield ""
     yield "Generated from [ladder.json](../benchmarks/ladder.json) by `make docs`."
     yield f"{settings['windows_per_domain']} windows in each of {len(settings['domains'])} domains, all experts"
-    yield "resident, transformers' own arithmetic, nothing fine-tuned. Bytes are shares of the experts' bytes as bf16;"
-    yield "losses are relative increases of nats per token, with 95 % intervals."
+    yield "resident, transformers' own arithmetic, nothing fine-tuned but under Healing. Bytes are shares"
+    yield "of the experts' bytes as bf16; losses are relative increases of nats per token, with 95 % intervals."
     yield ""
     yield from _short(document)
     for model in document["models"]:
@@ -56,6 +57,7 @@ def _lines(document: dict[str, Any]) -> Iterator[str]:
         yield from _against(own)
         yield from _made_of(own)
         yield from _ablations(own)
+    yield from _healing(healing)
     yield from _limits(document)
 
 
@@ -132,6 +134,28 @@ def _ablations(rows: Sequence[Row]) -> Iterator[str]:
     yield "| (comoe's, certified) | " + " | ".join(_cell(rows, "comoe", share) for share in shares) + " |"
     for method in dict.fromkeys(row["method"] for row in found):
         yield f"| {method} | " + " | ".join(_cell(found, method, share) for share in shares) + " |"
+    yield ""
+
+
+def _healing(document: dict[str, Any]) -> Iterator[str]:
+    settings = document["settings"]
+    yield "## Healing"
+    yield ""
+    yield f"What training scales through the whole model for {settings['steps']} steps changes, no byte added"
+    yield f"([healing.json](../benchmarks/healing.json), {settings['windows_per_domain']} windows per domain). One set"
+    yield "of scales serves all of comoe's coarse steps (`comoe pack --heal`); a published method's is of its one size."
+    yield ""
+    yield "| | loss before | after | change of nats | |"
+    yield "|---|---|---|---|---|"
+    for row in document["rows"]:
+        before, after, change = row["before"], row["after"], row["after_over_before"]
+        low, high = change["loss_ci95"]
+        told = "better" if high < 0 else "worse" if low > 0 else "within noise"
+        if row.get("healing_steps") == 0:
+            told = "undone when packed"
+        moved = f"{percent(change['loss'])} ({percents(change['loss_ci95'])})"
+        name = f"{row['model']}, {row['method']} at {row['share']:.0%}"
+        yield f"| {name} | {percent(before['loss'])} | {percent(after['loss'])} | {moved} | {told} |"
     yield ""
 
 

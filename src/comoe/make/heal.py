@@ -39,8 +39,8 @@ PROBES = 3
 """Steps of the chain, spread over those healed, that are certified as they were: the two must be compared."""
 
 LEAST = 1e-6
-"""Divergence, in nats, that counts for nothing. What counts is which share of a step's own goes, not how many nats: else
-those that lost most would be all that is learnt from."""
+"""Divergence, in nats, that counts for nothing. What counts is which share of a step's own goes, not how many nats:
+else those that lost most would be all that is learnt from."""
 
 MEMORY_SHARE = 0.8
 """Of what is free, how much healing may take."""
