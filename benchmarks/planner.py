@@ -18,7 +18,7 @@ import numpy as np
 
 from comoe.device.machine import machine
 from comoe.memory.policy import POLICIES
-from comoe.memory.replay import Cell, replay
+from comoe.sim.replay import Cell, replay
 from comoe.plan.cost import Costs
 from comoe.plan.curve import hit_rate
 from comoe.plan.ladder import LEAST_SHARE, Array, Band, Ladder, Rung, ladder_of
