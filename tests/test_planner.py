@@ -11,6 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from ladders import bounds, costs, ladder, ladders
 
+from comoe.defaults import POLICY
 from comoe.memory.cache import BlobCache
 from comoe.plan.cost import Costs
 from comoe.plan.curve import hit_rate
@@ -69,7 +70,7 @@ def fastest_ms(planner: Planner, floor: Rung | None, target: Rung, budget: int, 
         return inf
     partial = [uses for uses, nbytes in zip(use, lacking, strict=True) if nbytes]
     unit = whole / max(len(partial), 1)
-    miss = 0.0 if room >= whole else 1 - hit_rate(np.array(partial), room / unit)
+    miss = 0.0 if room >= whole else 1 - hit_rate(np.array(partial), room / unit, planner.policy)
     waiting = miss
     if floor is not None:
         # of streamed uses, all of which make the floor's loss on certified text, the share c keeps
@@ -224,7 +225,7 @@ def test_bytes_beyond_what_all_experts_take_are_left_alone() -> None:
 def test_an_exact_plan_by_hand() -> None:
     """Half of the experts cached under nearly uniform use: a bit more than half of the uses hit."""
     plan = Planner(LADDER, COSTS).best(WHOLE // 2, 0.0)
-    miss = 1 - hit_rate(np.concatenate(LADDER.use), 6)
+    miss = 1 - hit_rate(np.concatenate(LADDER.use), 6, POLICY)
     assert plan.hit_rate == pytest.approx(1 - miss) and 0.5 < 1 - miss < 0.6
     ms = 4 * MIB / 1e7 + 4 * miss * (MIB / 1e6 + 0.1)
     assert plan.ms_per_token == pytest.approx((5.0 + ms, 8.0 + 1.5 * ms))
@@ -374,7 +375,7 @@ def test_a_planner_for_another_session_plans_as_one_that_is_made_for_it(
     plan = plan_of(anew, budget, 0.0)
     if plan is not None and plan.refinement_bytes < planner.ladder.exact.nbytes:
         held = plan.refinement_bytes / planner.ladder.exact.nbytes * len(other.ladder.exact.use)
-        assert plan.hit_rate == pytest.approx(hit_rate(np.concatenate(use), held), abs=1e-4)
+        assert plan.hit_rate == pytest.approx(hit_rate(np.concatenate(use), held, POLICY), abs=1e-4)
 
 
 def test_a_cache_that_keeps_the_most_used_is_planned_to() -> None:

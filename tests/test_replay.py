@@ -15,6 +15,7 @@ from ladders import ladder
 from policies import PolicyContract, blob
 from test_trace import trace_of
 
+from comoe.defaults import POLICY
 from comoe.make.trace import record
 from comoe.memory.arena import held_size
 from comoe.memory.policy import LRU, POLICIES, Policy
@@ -76,7 +77,7 @@ def live(
 
     with monkeypatch.context() as patch:
         patch.setattr(Pack, "read", read)
-        patch.setattr("comoe.runtime.load.POLICIES", {"lru": lambda: policy})
+        patch.setattr("comoe.runtime.load.POLICIES", {POLICY: lambda: policy})
         model = Loader(Pack(packed), Options(context=256)).streamed(rung, capacity)
         with model.comoe:
             seen = record(model, tokenizer_of(packed), [CALIBRATION, "314159 " * 30], 40)

@@ -12,7 +12,7 @@ TOP_K = 0
 TOP_P = 1.0
 SEED = 0
 
-POLICY = "lru"
+POLICY = "lfu"
 """Who leaves the cache first."""
 
 PREFETCH = "auto"

@@ -74,7 +74,7 @@ def curves(use: Array, members: Flags, policy: str) -> Curves:
     return _ranked(use, members) if policy == "lfu" else _timed(use, members)
 
 
-def hit_rate(use: Array, num_cached: float, policy: str = "lru") -> float:
+def hit_rate(use: Array, num_cached: float, policy: str) -> float:
     """Share of uses that find their expert in a cache of `num_cached` experts of equal size; 1 where there are none.
 
     `use` (N,) are uses per token of all layers' experts.
