@@ -7,6 +7,7 @@ that may have other work, so their medians count.
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -291,6 +292,8 @@ def main() -> None:
     parser.add_argument("--trace", nargs="*", type=Path, default=[], help="a trace of each, in the same order")
     parser.add_argument("--instances", type=int, default=200)
     asked = parser.parse_args()
+    stdout = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # HiGHS writes there
     rng = np.random.default_rng(0)
     packs = [(name, Pack(path)) for name, path in zip(asked.name, asked.pack, strict=True)]
     ladders = [(name, ladder_of(read_manifest(pack.folder))) for name, pack in packs]
@@ -311,7 +314,7 @@ def main() -> None:
         rows.append(row)
         print(seed, row, file=sys.stderr, flush=True)
     document = {"machine": machine(), "speed": fast, "hit_rates": hits, "oracle": summary(rows), "rows": rows}
-    print(json.dumps(document, indent=1, default=float))
+    print(json.dumps(document, indent=1, default=float), file=stdout)
 
 
 if __name__ == "__main__":

@@ -21,10 +21,10 @@ HALVINGS = 24
 PER_BYTE, PER_LOSS = (1e-14, 1e2), (1e-8, 1e10)
 """Milliseconds that a byte and a whole loss are ever worth."""
 
-FILLED = 4
+FILLED = HALVINGS
 """Of the plans that multipliers lead to, the best so many are tried to be filled up."""
 
-SWITCHES, CHANGES = 64, 128
+SWITCHES, CHANGES = 64, 256
 """Most times that one or two experts are changed where multipliers leave memory or loss unused, and the changes of one
 expert that are tried each time."""
 
