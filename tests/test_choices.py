@@ -100,7 +100,7 @@ def slow_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(folder: Path, expert_memory: int, **options: Any) -> Ran:
-    model = load(folder, expert_memory=expert_memory, max_loss="3%", context=64, **options)
+    model = load(folder, expert_memory=expert_memory, max_loss="3%", context=64, policy="lru", **options)
     with model.comoe as handle, watched(model) as logits:
         answer = generate(model, tokenizer_of(folder), PROMPT, SAMPLING)
         kept = handle.choices.decisions() if handle.choices else None

@@ -170,7 +170,7 @@ def test_within_a_bound_misses_take_a_floor_of_mixed_forms_and_prompts_do_not(
     monkeypatch.setattr("comoe.runtime.load.measured_costs", lambda pack, clock: slow)
     ladder = ladder_of(read_manifest(folder))
     room = ladder.rung(step).nbytes + 3 * ladder.exact.group_beside(None)
-    model = load(folder, expert_memory=room, max_loss="3%", context=64)
+    model = load(folder, expert_memory=room, max_loss="3%", context=64, policy="lru")
     with model.comoe as handle:
         assert (handle.plan.floor, handle.plan.target) == (step, "exact")
         assert handle.plan.floor_bytes == ladder.rung(step).nbytes and handle.plan.loss.high <= 0.03

@@ -226,6 +226,7 @@ HOSTILE: dict[str, tuple[Change, str]] = {
     "no exact form": (on_top(forms=["merged", "q4", "q8"]), LADDER),
     "no forms": (on_top(forms=[]), LADDER),
     "no experts for a token": (on_top(experts_per_token=0), NEGATIVE),
+    "more experts for a token than a float counts": (on_top(experts_per_token=10**400), NEGATIVE),
     "a dense part of a negative size": (on_top(dense_bytes=-1), NEGATIVE),
     "keys and values of a negative size": (on_top(dense={"kv": -(10**9)}), NEGATIVE),
     "quantiles that fall": (on_top(gate_quantiles=[0.0, 0.5, 0.4]), RISE),

@@ -275,6 +275,10 @@ def encode(value: msgspec.Struct) -> bytes:
     return msgspec.json.encode(value, order="deterministic")
 
 
+MOST_EXPERTS = 1 << 20
+"""No token uses more: a number that no float holds would be a reader's trouble."""
+
+
 def _check(manifest: Manifest, path: Path) -> None:
     """Everything that a reader relies on without looking again."""
     forms = manifest.forms
@@ -285,7 +289,9 @@ def _check(manifest: Manifest, path: Path) -> None:
     _refuse_unless(forms == ladder and "exact" in forms, path, "its forms are no ladder that ends with exact")
     _refuse_unless(len(manifest.layers) > 0, path, "it has no layers")
     smallest = min(manifest.dense_bytes, *msgspec.structs.astuple(manifest.dense), *(file.size for file in files))
-    _refuse_unless(manifest.experts_per_token > 0 <= smallest, path, "its sizes are negative")
+    _refuse_unless(
+        0 < manifest.experts_per_token <= MOST_EXPERTS and smallest >= 0, path, "its sizes are negative or huge"
+    )
     _refuse_unless(list(quantiles) == sorted(quantiles) and _are_finite(quantiles), path, "gate_quantiles do not rise")
     _check_chain(manifest, path)
     sound = manifest.source is None or "\0" not in manifest.source.folder
