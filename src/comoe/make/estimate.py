@@ -162,8 +162,8 @@ def _pass_s(layer: Layer, num_tokens: int, read_s: float, sizes: Sequence[float]
 
 
 def _read_s(layer: Layer) -> float:
-    """Seconds to read an expert that was not read before."""
-    some = range(layer.site.num_experts - 1, -1, -max(1, layer.site.num_experts // READS))
+    """Seconds to read an expert that was not read before, but follows one that was: files are read ahead."""
+    some = range(max(0, layer.site.num_experts - READS), layer.site.num_experts)
     return median(_timed(partial(layer.checkpoint.expert, layer.index, index), warm=False) for index in some)
 
 
