@@ -355,7 +355,7 @@ def in_group(part: str, pack: Path, shared: Path) -> Row:
         return {**json.loads(done.stdout), "oom_kills": group.oom_kills}
 
 
-def measure(pack: Path, shared: Path, rows: Path | None) -> dict[str, Any]:
+def measure(pack: Path, shared: Path, rows: Path | None, plans: int) -> dict[str, Any]:
     """All rows, and the figures of the issue."""
     depends = {"pack": identity(read_manifest(pack)), "machine": machine(), "threads": THREADS, "seed": SEED}
     file = RowFile(rows)
@@ -370,8 +370,14 @@ def measure(pack: Path, shared: Path, rows: Path | None) -> dict[str, Any]:
         for live in (True, False):
             found.append(row("switches", partial(switches, pack, shared, policy, live), policy=policy, live=live))
     exact = row("exact", partial(exact_nats, pack, shared))["nats"]
-    found += [row("bound", partial(bound, pack, shared, at, exact), plan=at) for at in range(PLANS)]
-    return {"name": "live", "machine": machine(), "settings": settings(), **figures(found), "rows": found}
+    found += [row("bound", partial(bound, pack, shared, at, exact), plan=at) for at in range(plans)]
+    return {
+        "name": "live",
+        "machine": machine(),
+        "settings": settings() | {"plans": plans},
+        **figures(found),
+        "rows": found,
+    }
 
 
 def settings() -> dict[str, Any]:
@@ -417,6 +423,7 @@ def main() -> None:
     parser.add_argument("--pack", type=Path, required=True, help="A pack of a trained model, with a certificate.")
     parser.add_argument("--shared", type=Path, required=True, help="The folder of the shared texts.")
     parser.add_argument("--rows", type=Path, help="Finished rows, kept and taken from here.")
+    parser.add_argument("--plans", type=int, default=PLANS, help="Plans whose losses are held against their bounds.")
     parser.add_argument("--part", choices=("resizes", "watched"), help=argparse.SUPPRESS)
     flags = parser.parse_args()
     if flags.part == "watched":
@@ -424,7 +431,7 @@ def main() -> None:
     elif flags.part == "resizes":
         json.dump(resizes(flags.pack, flags.shared), sys.stdout)
     else:
-        json.dump(measure(flags.pack, flags.shared, flags.rows), sys.stdout, indent=1)
+        json.dump(measure(flags.pack, flags.shared, flags.rows, flags.plans), sys.stdout, indent=1)
     sys.stdout.write("\n")
 
 
