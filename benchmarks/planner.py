@@ -19,13 +19,13 @@ import numpy as np
 
 from comoe.device.machine import machine
 from comoe.memory.policy import POLICIES
-from comoe.sim.replay import Cell, replay
 from comoe.plan.cost import Costs
 from comoe.plan.curve import hit_rate
 from comoe.plan.ladder import LEAST_SHARE, Array, Band, Ladder, Rung, ladder_of
 from comoe.plan.oracle import optimum
 from comoe.plan.pinned import Options, options, pinned
 from comoe.plan.planner import Planner
+from comoe.sim.replay import Cell, replay
 from comoe.store.manifest import Manifest, read_manifest
 from comoe.store.pack import Pack
 from comoe.store.trace import Trace, read_trace
