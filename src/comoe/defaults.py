@@ -18,6 +18,9 @@ POLICY = "lfu"
 PREFETCH = "auto"
 """Whether experts are read before they are asked for."""
 
+ROUTING_BIAS = 0.0
+"""Logits that decoding adds for experts in memory."""
+
 FORMS = ("dropped", "lowrank", "q2", "residual", "q3", "q4", "q8")
 """What is tried for a pack beside exact experts; forms that no step of its chain uses are left out again.
 

@@ -28,7 +28,7 @@ from comoe.cli.options import (
 )
 from comoe.cli.profile import alone, check_place, keep, writing
 from comoe.cli.terminal import print_json, say
-from comoe.defaults import CONTEXT, MAX_NEW_TOKENS, POLICY, PREFETCH, SEED, TEMPERATURE, TOP_K, TOP_P
+from comoe.defaults import CONTEXT, MAX_NEW_TOKENS, POLICY, PREFETCH, ROUTING_BIAS, SEED, TEMPERATURE, TOP_K, TOP_P
 from comoe.store.decisions import write_decisions
 from comoe.store.manifest import read_manifest
 from comoe.store.profile import read_profile
@@ -92,6 +92,14 @@ def command(
     replay: Annotated[
         Path | None, Option(metavar="FILE", help="Choose as this log says: the same output, to the bit.")
     ] = None,
+    routing_bias: Annotated[
+        float,
+        Option(
+            envvar="COMOE_ROUTING_BIAS",
+            metavar="LOGITS",
+            help="Let decoding prefer experts in memory, within --max-loss: 1 is mild, 4 strong, 0 off.",
+        ),
+    ] = ROUTING_BIAS,
     json: Json = False,
 ) -> None:
     """Generate text inside a budget.
@@ -112,7 +120,8 @@ def command(
     if decisions is not None:
         check_place(decisions)
     how = {"policy": policy, "prefetch": prefetch, "live": live, "deterministic": deterministic}
-    options = {"dtype": dtype, "threads": threads, "source": source, "profile": known, **how}
+    options: dict[str, Any] = {"dtype": dtype, "threads": threads, "source": source, "profile": known, **how}
+    options["routing_bias"] = routing_bias
     session.load(given, context, edges=tuple(edge or ()), log=decisions is not None, replay=replay, **options)
     with session.model.comoe, _profiled(session, profile), _logged(session, decisions):
         if given is None:
@@ -181,7 +190,7 @@ class Session:
             **{key: stats[key] for key in ("prefetching", "prefetched_bytes", "prefetch_wasted_bytes")},
             "expert_memory_bytes": stats["resident_bytes"],
             **{key: stats[key] for key in ("peak_bytes", "beside_experts_bytes", "yielded_bytes")},
-            **{key: stats[key] for key in ("loss_ledger", "shares")},
+            **{key: stats[key] for key in ("loss_ledger", "moved_share", "shares")},
             "plan": self.model.comoe.plan.document(),
         }
         if show:

@@ -21,6 +21,7 @@ from comoe.make.chain import PROBED, SHARES
 from comoe.make.dense import dense_entry
 from comoe.make.heal import PROBES
 from comoe.make.layers import build
+from comoe.make.price import PASSES
 from comoe.make.protocol import BATCH, DecoderEvaluation, EncoderDecoderEvaluation
 from comoe.make.pupil import HEALED, study_grids
 from comoe.make.recipe import Recipe
@@ -98,6 +99,7 @@ def seconds_to_pack(
             seconds += sum(-(-number // BATCH) for number in together) * recorded_s
         if sizes and recipe.certified and sum(map(len, judged)) >= MIN_HELD_OUT:
             steps = len(sizes) + 1 + 2 * (len(PROBED) + 1) * _sharing(forms) + PROBES * bool(recipe.heal)
+            steps += PASSES
             seconds += steps * sum(-(-len(windows) // BATCH) for windows in judged) * judged_s
         if recipe.heal and sizes and not left.healed:
             seconds += recipe.heal * _healing_s(layer, length * BATCH)

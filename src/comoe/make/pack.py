@@ -22,7 +22,7 @@ from blake3 import blake3
 
 from comoe.device import process
 from comoe.make.calibrate import LayerInputs, check_calibratable, cut, fitted, held_out, record, recorded
-from comoe.make.certify import MIN_HELD_OUT, Windows, certify
+from comoe.make.certify import MIN_HELD_OUT, certify
 from comoe.make.chain import chosen, with_chain
 from comoe.make.dense import dense_entry, write_dense_part
 from comoe.make.estimate import (
@@ -34,8 +34,10 @@ from comoe.make.estimate import (
     recording_bytes,
     seconds_to_pack,
 )
+from comoe.make.folder import file_hashes, remove_unused
 from comoe.make.heal import Lessons, better, check_healable, heal, rewritten
 from comoe.make.layers import build
+from comoe.make.price import routing_price
 from comoe.make.protocol import Evaluation
 from comoe.make.recipe import CALIBRATED_FORMS, Recipe, Report
 from comoe.make.routing import gate_quantiles, write_routing
@@ -57,7 +59,7 @@ from comoe.store.manifest import (
     decode,
     encode,
 )
-from comoe.store.pack import Pack, file_hash, header_hash, source_entry
+from comoe.store.pack import Pack, header_hash, source_entry
 from comoe.store.whole import UNFINISHED, disk_errors, whole
 from comoe.types import CheckpointError, Progress, StorageFull, UsageError
 from comoe.units import format_seconds, format_size
@@ -136,9 +138,9 @@ class Packer:
         manifest = self._manifest(dense_bytes, layers, inputs)
         self._write(MANIFEST, encode(manifest))
         if self._recipe.texts:
-            manifest = self._with_chain(manifest)
+            manifest = self._priced(self._with_chain(manifest))
             self._write(MANIFEST, encode(manifest))
-            self._remove_unused(manifest)
+            remove_unused(self._folder, manifest)
         shutil.rmtree(self._work)
         self._folder.replace(self._target)
         return manifest
@@ -323,31 +325,34 @@ class Packer:
             dense_bytes=dense_bytes,
             dense=dense_entry(checkpoint.config),
             gate_quantiles=gate_quantiles(self._inputs) if calibrated else (),
-            files=self._file_hashes(),
+            files=file_hashes(self._folder),
             source=source_entry(checkpoint.folder.resolve(), checkpoint.files) if referring else None,
         )
-
-    def _file_hashes(self) -> dict[str, str]:
-        """Of everything but blobs and the manifest."""
-        others = {path for path in self._folder.iterdir() if path.is_file()}
-        others -= {*self._blob_files(), self._folder / MANIFEST}
-        return {path.name: file_hash(path) for path in sorted(others)}
-
-    def _blob_files(self) -> list[Path]:
-        return list(self._folder.glob("[0-9][0-9][0-9]-*.safetensors"))
 
     def _with_chain(self, manifest: Manifest) -> Manifest:
         """The manifest with its chain, certified where there is text enough; forms that it does not use are left out
         where nobody named them."""
-        text, recipe = held_out(self._windows), self._recipe
+        recipe = self._recipe
         self._drop_model()
-        enough = recipe.certified and sum(map(len, text.values())) >= MIN_HELD_OUT
-        certify = partial(self._certify, text) if enough else None
+        certify = self._certify if self._judges else None
         if not recipe.heal:
             return with_chain(manifest, certify, shared=recipe.shared, pruned=recipe.pruned)
         choose = partial(chosen, manifest, certify, shared=recipe.shared, pruned=recipe.pruned)
         plain = self._kept("chosen", choose)
         return better(plain, self._kept("healed", partial(self._healed, plain)), certify, self._say)
+
+    @property
+    def _judges(self) -> bool:
+        """Whether losses are measured: wanted, and of text enough."""
+        return self._recipe.certified and sum(map(len, held_out(self._windows).values())) >= MIN_HELD_OUT
+
+    def _priced(self, manifest: Manifest) -> Manifest:
+        """The manifest with what a routing bias costs, where that can be measured."""
+        if not self._judges or self._checkpoint.experts_per_token < 2:
+            return manifest
+        self._write(MANIFEST, encode(manifest))
+        price = routing_price(self._folder, held_out(self._windows), self._recipe.threads)
+        return msgspec.structs.replace(manifest, routing_price=price)
 
     def _drop_model(self) -> None:
         for name in ("_model", "_evaluation"):
@@ -377,21 +382,13 @@ class Packer:
         provenance = msgspec.structs.replace(manifest.provenance, healing_steps=number if scales else 0)
         return msgspec.structs.replace(manifest, layers=entries, provenance=provenance)
 
-    def _certify(self, held_out: Windows, manifest: Manifest) -> dict[str, Certificate]:
+    def _certify(self, manifest: Manifest) -> dict[str, Certificate]:
         """Certificates of the manifest's chain, but for exact, by step."""
         self._write(MANIFEST, encode(manifest))
         steps = [step.name for step in manifest.chain if step.name != "exact"]
         told = f"certificate of {len(steps)} sizes"
-        return certify(
-            self._folder, steps, held_out, lambda done: self._progress(told, 0.8 + 0.2 * done), self._recipe.threads
-        )
-
-    def _remove_unused(self, manifest: Manifest) -> None:
-        """Blob files that the manifest does not name."""
-        named = {part.file for layer in manifest.layers for part in layer.parts.values()}
-        for path in self._blob_files():
-            if path.name not in named:
-                path.unlink()
+        windows, threads = held_out(self._windows), self._recipe.threads
+        return certify(self._folder, steps, windows, lambda done: self._progress(told, 0.8 + 0.2 * done), threads)
 
     def _write(self, name: str, data: bytes) -> None:
         """Write a file of the partial folder so that it is whole or not there."""

@@ -79,6 +79,11 @@ class BlobCache:
         with self._changed:
             return self._residency.resident(group)
 
+    def residents(self, groups: Sequence[Group]) -> list[bool]:
+        """Of each group, whether every blob of it is in memory: of all at the same moment."""
+        with self._changed:
+            return [self._residency.resident(group) for group in groups]
+
     def hold(self, blobs: Sequence[BlobId]) -> None:
         """Read `blobs` and keep them for ever: the floor. Raises DoesNotFit where they leave no room for a group."""
         total = sum(map(self._held_size, dict.fromkeys(blobs))) + self._residency.smallest

@@ -7,10 +7,11 @@ from comoe.plan.ladder import Prices
 
 @dataclass(slots=True)
 class Account:
-    """Gates so far, and the sum of their prices."""
+    """Gates so far, the sum of their prices, and the gates that a routing bias moved."""
 
     spent: float = 0.0
     total: float = 0.0
+    moved: float = 0.0
 
 
 @dataclass(slots=True)
@@ -20,10 +21,14 @@ class Ledger:
     The estimate is linear: a use costs its layer's price in the plan's target, or in its floor, times its share of all
     gates. `bound` is a fraction; 0 is exact. The bound is on the answer: a long exact prompt earns no credit for it,
     so decoding has an account of its own.
+
+    `routing_price` is the loss where a routing bias moves all gates, None where it may move none: see
+    docs/decisions/018.
     """
 
     prices: Prices
     bound: float
+    routing_price: float | None = None
     gates: dict[str, float] = field(default_factory=dict)
     prompt: Account = field(default_factory=Account)
     answer: Account = field(default_factory=Account)
@@ -48,6 +53,26 @@ class Ledger:
         """Whether the estimate stays within the bound after `gate` more of the answer in the floor."""
         spent = self.answer.spent + gate * self.prices.floor[layer]
         return spent <= self.bound * (self.answer.total + gate)
+
+    def move(self, layer: int, gate: float, share: float) -> bool:
+        """Record that a bias moves a `share` of gates that sum to `gate`, unless the estimate would leave the bound.
+
+        The uses themselves are still to come, in the target at best; `add` has their price.
+        """
+        if self.routing_price is None:
+            return False
+        account, price = self.answer, gate * share * self.routing_price
+        spent = account.spent + price + gate * self.prices.target[layer]
+        if spent > self.bound * (account.total + gate):
+            return False
+        account.spent += price
+        account.moved += gate * share
+        return True
+
+    @property
+    def moved(self) -> float:
+        """Share of the answer's gates that a routing bias moved."""
+        return self.answer.moved / self.answer.total if self.answer.total else 0.0
 
     def shares(self) -> dict[str, float]:
         """Share of all gates by form."""

@@ -124,6 +124,7 @@ class Comoe:
 
         `prefetched_bytes` were read before they were asked for, `prefetch_wasted_bytes` of them left unused, since the
         model was loaded; `prefetching` says whether that goes on, None where there is nothing to go by.
+        `moved_share` of the answer's gates went to other experts, as a routing bias has it.
         `yielded_bytes` are what the cache gave up to keep the budget; `beside_experts_bytes` what the process was
         measured to need beside it, None where experts alone have a budget; `peak_bytes` counts from its start.
         """
@@ -145,6 +146,7 @@ class Comoe:
             "beside_experts_bytes": self._promise.beside if self._promise is not None else None,
             "peak_bytes": max(self._earlier_peak, process.peak_bytes()),
             "loss_ledger": self.ledger.loss,
+            "moved_share": self.ledger.moved,
             "shares": self.ledger.shares(),
         }
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from time import monotonic, perf_counter
 from typing import Any
 
-from comoe.defaults import CONTEXT, POLICY, PREFETCH
+from comoe.defaults import CONTEXT, POLICY, PREFETCH, ROUTING_BIAS
 from comoe.device import process
 from comoe.device.costs import measured_costs
 from comoe.device.memory import check_possible, default_memory
@@ -24,6 +24,7 @@ from comoe.plan.ladder import Band, Ladder, ladder_of
 from comoe.plan.ledger import Ledger
 from comoe.plan.pin import Pin, deterministic, pinned, smallest
 from comoe.plan.planner import Plan, Planner, uniform
+from comoe.runtime.bias import attach_bias
 from comoe.runtime.budget import FIRST_TOKENS, WarmUp, warm_up
 from comoe.runtime.choices import Choices, conditions
 from comoe.runtime.experts import TORCH_DTYPES, SiteMath
@@ -53,7 +54,8 @@ class Options:
     that is measured to save time, `on` or `off`.
 
     `live` lets the model follow its device and its text; `deterministic` makes outputs depend on neither; `log` keeps
-    the choices that outputs depend on, `replay` takes them from a log.
+    the choices that outputs depend on, `replay` takes them from a log. `routing_bias` is what decoding adds to the
+    logits of experts in memory, 0 for nothing.
     """
 
     max_loss: float = 0.0
@@ -67,6 +69,7 @@ class Options:
     deterministic: bool = False
     log: bool = False
     replay: Decisions | None = None
+    routing_bias: float = ROUTING_BIAS
 
     def __post_init__(self) -> None:
         if not 0 <= self.max_loss < float("inf"):
@@ -79,6 +82,17 @@ class Options:
             raise UsageError(f"prefetch cannot be {self.prefetch!r}: choose from {', '.join(PREFETCHES)}.")
         if self.deterministic and self.replay is not None:
             raise UsageError("a log is replayed as it was written: leave out --deterministic.")
+        self._check_bias()
+
+    def _check_bias(self) -> None:
+        if not 0 <= self.routing_bias < float("inf"):
+            raise UsageError(f"a routing bias of {self.routing_bias} is none: give logits such as 1, or 0 for none.")
+        if self.routing_bias and not self.max_loss:
+            raise UsageError("a routing bias loses quality: bound it by --max-loss, or leave it out.")
+        if self.routing_bias and (self.deterministic or self.log or self.replay is not None):
+            raise UsageError(
+                "a routing bias follows what is cached: leave it out with --deterministic, --decisions or --replay."
+            )
 
 
 def load(
@@ -99,6 +113,7 @@ def load(
     deterministic: bool = False,
     log: bool = False,
     replay: str | Path | None = None,
+    routing_bias: float = ROUTING_BIAS,
 ) -> Any:
     """A transformers model whose experts are streamed from `pack` within a budget; `model.comoe` is its handle.
 
@@ -112,6 +127,7 @@ def load(
     `live` gives memory back while others need it, and takes it again; by default where no budget is given, so that none
     was promised. `deterministic` makes outputs depend on nothing measured or cached. With `log` the handle keeps the
     choices that outputs depend on (`model.comoe.choices`); `replay` is the file of such a log, which is followed.
+    `routing_bias`, in logits, lets decoding prefer experts that are in memory, as far as `max_loss` allows it; 0: off.
 
     Raises DoesNotFit, before anything large is loaded, with the smallest budget that would do; PackError for a pack
     that cannot be used; UsageError for a budget or a profile that cannot be read.
@@ -127,9 +143,8 @@ def load(
     given = memory is not None or expert_memory is not None
     follows = live if live is not None else not given
     logged = read_decisions(Path(replay)) if replay else None
-    options = Options(
-        parse_share(max_loss), context, dtype, threads, known, policy, prefetch, follows, deterministic, log, logged
-    )
+    how = (policy, prefetch, follows, deterministic, log, logged, routing_bias)
+    options = Options(parse_share(max_loss), context, dtype, threads, known, *how)
     loader = Loader(opened, options)
     if expert_memory is not None:
         return loader.within_experts(parse_budget(expert_memory, loader.pack.manifest.expert_bytes_bf16))
@@ -144,6 +159,11 @@ class Loader:
 
     def __init__(self, pack: Pack, options: Options) -> None:
         self.pack, self.options = pack, options
+        if options.routing_bias and pack.manifest.routing_price is None:
+            raise UsageError(
+                f"{pack.folder} has no price of a routing bias: its model's routers cannot be moved, or it was packed "
+                "with too little text or by an older comoe. Leave out --routing-bias."
+            )
         self.ladder = ladder_of(pack.manifest, options.profile)
         forms = self.ladder.forms(options.max_loss)
         self._work = Workload(options.context, dtype_of(pack.manifest, options.dtype), forms)
@@ -288,13 +308,16 @@ class Loader:
         streams = self.options.live or plan.floor_bytes + target.beside(floor) > capacity
         with ExitStack() as on_failure:
             cache = on_failure.enter_context(self._cache(capacity, largest))
-            ledger = Ledger(self.ladder.prices(plan.target, plan.floor), self.options.max_loss)
+            prices, options = self.ladder.prices(plan.target, plan.floor), self.options
+            ledger = Ledger(prices, options.max_loss, manifest.routing_price)
             prefetcher = self._prefetcher(foresight or {}) if streams else None
             serving = Serving(manifest, cache, plan, ledger, prefetcher=prefetcher)
             if plan.floor is not None:
                 ways = [serving.way(*expert, plan.floor) for expert in manifest.expert_ids]
                 cache.hold(list(dict.fromkeys(blob for way in ways for blob in way.blobs)))
             attach(model, [ServedLayer(at, math, serving) for at, math in enumerate(self._maths(model))])
+            if options.routing_bias:
+                attach_bias(model, serving, options.routing_bias)
             handle = Comoe(self.pack, serving, self.options.context, promise, earlier_peak)
             object.__setattr__(model, "comoe", handle)
             on_failure.pop_all()  # from here on the handle closes the cache

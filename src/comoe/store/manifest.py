@@ -160,6 +160,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     `dense_bytes` are those of the weights outside the experts; `gate_quantiles` are the 0, 10, ... 100 % quantiles of
     the gate of one use of an expert; `files` the BLAKE3 of every other file of the pack that serving reads.
+    `routing_price` is the loss where a routing bias moves all gates: None where it may move none.
     """
 
     format_version: int
@@ -175,6 +176,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     gate_quantiles: tuple[float, ...] = ()
     files: dict[str, str] = {}
     source: SourceEntry | None = None
+    routing_price: float | None = None
 
     def site(self, layer: int) -> Site:
         entry = self.layers[layer]
@@ -293,6 +295,8 @@ def _check(manifest: Manifest, path: Path) -> None:
         0 < manifest.experts_per_token <= MOST_EXPERTS and smallest >= 0, path, "its sizes are negative or huge"
     )
     _refuse_unless(list(quantiles) == sorted(quantiles) and _are_finite(quantiles), path, "gate_quantiles do not rise")
+    price = manifest.routing_price or 0.0
+    _refuse_unless(isfinite(price) and price >= 0, path, "routing_price is no price")
     _check_chain(manifest, path)
     sound = manifest.source is None or "\0" not in manifest.source.folder
     _refuse_unless(sound, path, "the checkpoint's folder is no path")
