@@ -86,7 +86,9 @@ def test_a_router_that_scales_its_gates_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_ledger_stops_a_bias_at_the_bound() -> None:
+    """What the target itself will cost is left room for."""
     ledger = Ledger(Prices((0.01,), (0.01,)), 0.03, 0.4)
+    assert not ledger.move(0, 1.0, 0.055)
     assert ledger.move(0, 1.0, 0.04)
     assert not ledger.move(0, 1.0, 0.04)
     ledger.add(0, "q4", 1.0)

@@ -60,7 +60,7 @@ def routing_price(folder: Path, windows: Windows, threads: int | None = None) ->
 
         exact, prices = score(), []
         for share in RESIDENT_SHARES:
-            sets = [_most_used(layer, share) for layer in loader.pack.manifest.layers]
+            sets = [most_used(layer, share) for layer in loader.pack.manifest.layers]
             with preferring(found, sets, STRONG) as tally:
                 loss = compare(score(), exact)
             if tally.share:
@@ -90,7 +90,7 @@ class _Preferring:
         return answer[0], found.gates.to(answer[1].dtype), found.experts
 
 
-def _most_used(layer: LayerEntry, share: float) -> Tensor:
+def most_used(layer: LayerEntry, share: float) -> Tensor:
     """Which experts (E,) of a layer are the most used `share` of them, at least one."""
     order = np.argsort(-np.array(layer.frequency or [0.0] * layer.num_experts), kind="stable")
     found = torch.zeros(layer.num_experts, dtype=torch.bool)
