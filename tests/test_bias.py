@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 from commands import Comoe
-from families import model_class
+from families import NUM_EXPERTS, model_class
 from models import eager_model, save_random
 from packs import edit
 from torch import Tensor
 
+from comoe.make.price import preferring
 from comoe.plan.ladder import Prices
 from comoe.plan.ledger import Ledger
 from comoe.runtime.bias import moved, routers
@@ -65,6 +66,25 @@ def test_a_routers_own_gates_are_those_that_the_bias_would_give(family: str, tmp
             given = module(torch.randn(8, width))
         found = moved(given, torch.zeros(given[0].shape[-1]), 0.0, renormalised=renormalised)
         torch.testing.assert_close(found.gates.sort(-1).values, given[1].sort(-1).values)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "olmoe", "gpt_oss", "jamba"])
+def test_experts_get_what_the_bias_chose_and_its_gates(family: str, tmp_path: Path) -> None:
+    """Whatever else the block does with its router's logits."""
+    save_random(family, tmp_path)
+    model = eager_model(family, tmp_path)
+    sets = [torch.arange(NUM_EXPERTS) % 2 == 0 for _ in experts_modules(model)]
+    given: list[tuple[Tensor, ...]] = []
+    known = routers(model)
+    with preferring(known, sets, STRONG) as tally, torch.no_grad():
+        for module, _ in known:
+            module.register_forward_hook(lambda _, __, found: given.append(found[1:]))
+        for _, module in experts_modules(model):
+            module.register_forward_pre_hook(lambda _, args: given.append((args[2], args[1])))
+        model(PROMPT)
+    assert len(given) == 2 * len(sets) and 0 < tally.share < tally.tokens == PROMPT.numel() * len(sets)
+    for said, got in zip(given[::2], given[1::2], strict=True):
+        assert torch.equal(said[0], got[0]) and torch.equal(said[1], got[1])
 
 
 @pytest.mark.parametrize("family", ["switch_transformers", "deepseek_v3", "llama4", "dbrx"])
