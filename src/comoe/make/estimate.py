@@ -99,7 +99,7 @@ def seconds_to_pack(
             seconds += sum(-(-number // BATCH) for number in together) * recorded_s
         if sizes and recipe.certified and sum(map(len, judged)) >= MIN_HELD_OUT:
             steps = len(sizes) + 1 + 2 * (len(PROBED) + 1) * _sharing(forms) + PROBES * bool(recipe.heal)
-            steps += PASSES
+            steps += PASSES * (checkpoint.experts_per_token > 1)
             seconds += steps * sum(-(-len(windows) // BATCH) for windows in judged) * judged_s
         if recipe.heal and sizes and not left.healed:
             seconds += recipe.heal * _healing_s(layer, length * BATCH)
