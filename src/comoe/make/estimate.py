@@ -67,7 +67,8 @@ def blank(checkpoint: Checkpoint) -> Any:
     model = skeleton_of(checkpoint.config)
     strip(model)
     for _, module in experts_modules(model):
-        module.to_empty(device="cpu")  # norms, where an expert has some
+        for parameter in module.to_empty(device="cpu").parameters():  # norms, where an expert has some
+            torch.nn.init.ones_(parameter)  # what lies in fresh memory may be no number
     return model
 
 
