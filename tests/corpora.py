@@ -22,3 +22,10 @@ def shared_folder(folder: Path) -> Path:
             items += [{"domain": path.stem, "prefix": text[:600], "choices": choices, "answer": 0}] * 2
     (tasks / "next_chunk.jsonl").write_text("\n".join(map(json.dumps, items)) + "\n", "utf-8")
     return folder
+
+
+def bench_folders(folder: Path, checkpoint: Path) -> tuple[Path, Path, Path]:
+    """What a benchmark is given in `folder`: models, of which `checkpoint` is the only one, texts, and a place."""
+    (folder / "models").mkdir()
+    (folder / "models" / "tiny").symlink_to(checkpoint)
+    return folder / "models", shared_folder(folder / "shared"), folder / "out"

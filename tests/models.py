@@ -98,6 +98,22 @@ def answer(model: Any, num_tokens: int = NUM_TOKENS) -> Answer:
     return Answer(logits, said.sequences[0].tolist(), torch.cat(said.logits))
 
 
+PROMPT = torch.arange(5, 25)[None]
+
+
+def greedy(model: Any, num_tokens: int) -> list[int]:
+    """So many tokens that a decoder says to `PROMPT`, whatever ends a text."""
+    with torch.inference_mode():
+        tokens = model.generate(
+            PROMPT,
+            attention_mask=torch.ones_like(PROMPT),
+            max_new_tokens=num_tokens,
+            do_sample=False,
+            eos_token_id=None,
+        )
+    return list(tokens[0, PROMPT.shape[1] :].tolist())
+
+
 def inputs_of(model: Any, num_tokens: int = NUM_TOKENS) -> dict[str, Tensor]:
     prompt = (torch.arange(num_tokens) % NUM_TOKENS + 5)[None]
     if model.config.is_encoder_decoder:

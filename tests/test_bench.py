@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from corpora import shared_folder
+from corpora import bench_folders, shared_folder
 
 from comoe.bench import ladder, upcycled
 from comoe.bench.ladder import ABLATIONS, Scope
@@ -29,9 +29,7 @@ def run(models: Path, shared: Path, out: Path, told: list[str]) -> dict[str, Any
 def tiny(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path, dict[str, Any]]:
     """(models, shared, out, the document of a first run) of a tiny model."""
     folder = tmp_path_factory.mktemp("bench")
-    (folder / "models").mkdir()
-    (folder / "models" / "tiny").symlink_to(tiny_checkpoint)
-    models, shared, out = folder / "models", shared_folder(folder / "shared"), folder / "out"
+    models, shared, out = bench_folders(folder, tiny_checkpoint)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ladder, "QUICK", SCOPE)
         patch.setattr(ladder, "ABLATIONS", {name: ABLATIONS[name] for name in ABLATED})

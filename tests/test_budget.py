@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from models import greedy
 from torch import Tensor
 
 from comoe.device import process
@@ -64,15 +65,6 @@ def served(tiny: Path) -> Iterator[Any]:
         yield model
 
 
-def greedy(model: Any, num_tokens: int = 12) -> list[int]:
-    ids = torch.arange(5, 25)[None]
-    with torch.inference_mode():
-        tokens = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=num_tokens, do_sample=False, eos_token_id=None
-        )
-    return list(tokens[0, -num_tokens:].tolist())
-
-
 def test_the_estimate_is_above_what_is_measured_and_not_far(tiny: Path) -> None:
     before = process.resident_bytes()
     with load.load(tiny, before + 512 * MIB, context=64).comoe as handle:
@@ -90,12 +82,12 @@ def test_a_budget_of_the_process_leaves_the_experts_what_is_not_needed_beside_th
 def test_the_cache_yields_where_the_process_grows_and_gets_it_back_for_the_next_request(
     served: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected, handle = greedy(served), served.comoe
+    expected, handle = greedy(served, 12), served.comoe
     capacity = handle.stats()["capacity_bytes"]
     grown = Resident(handle._promise.memory - handle._promise.unseen + 20 * MIB, 0)
     with monkeypatch.context() as patch:
         patch.setattr(process, "resident", lambda: grown)
-        assert greedy(served) == expected
+        assert greedy(served, 12) == expected
         assert handle.stats()["yielded_bytes"] >= 20 * MIB
         assert handle.cache.capacity >= handle.cache.smallest
     handle.begin_request()
@@ -105,7 +97,7 @@ def test_the_cache_yields_where_the_process_grows_and_gets_it_back_for_the_next_
 def test_a_little_more_than_was_measured_costs_the_cache_nothing(served: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     promise = served.comoe._promise
     monkeypatch.setattr(process, "resident", lambda: Resident(promise.memory - promise.unseen + MIB, 0))
-    greedy(served)
+    greedy(served, 12)
     assert served.comoe.stats()["yielded_bytes"] == 0
 
 

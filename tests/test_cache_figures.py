@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_quality import shared_folder
+from corpora import bench_folders
 
 from comoe.bench import cache
 from comoe.bench.cache_figures import BELADY, figures, page
@@ -87,12 +87,10 @@ def test_the_page_shows_what_reading_ahead_saves() -> None:
 def test_a_tiny_model_is_traced_once_and_rows_are_kept(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "models").mkdir()
-    (tmp_path / "models" / "tiny").symlink_to(tiny_checkpoint)
-    shared, out = shared_folder(tmp_path / "shared"), tmp_path / "out"
+    models, shared, out = bench_folders(tmp_path, tiny_checkpoint)
 
     def run() -> dict[str, Any]:
-        return cache.run(tmp_path / "models", shared, quick=True, out=out, progress=lambda step, done: None)
+        return cache.run(models, shared, quick=True, out=out, progress=lambda step, done: None)
 
     document = run()
     assert document.keys() >= {"name", "machine", "settings", "models", "belady_share", "best_policy", "rows"}

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from models import greedy
 
 from comoe.make.pack import pack
 from comoe.make.recipe import Recipe
@@ -18,8 +18,6 @@ from comoe.runtime.load import Loader, Options, load
 from comoe.store.manifest import read_manifest
 from comoe.store.pack import Pack
 from comoe.types import BlobId, CorruptBlob, DoesNotFit, RemoteUnavailable, UsageError
-
-PROMPT = torch.arange(5, 25)[None]
 
 
 @pytest.fixture(scope="module")
@@ -34,18 +32,6 @@ def model(plain: Path) -> Iterator[Any]:
     served = load(plain, expert_memory="50%")
     with served.comoe:
         yield served
-
-
-def greedy(model: Any, num_tokens: int) -> list[int]:
-    with torch.inference_mode():
-        tokens = model.generate(
-            PROMPT,
-            attention_mask=torch.ones_like(PROMPT),
-            max_new_tokens=num_tokens,
-            do_sample=False,
-            eos_token_id=None,
-        )
-    return list(tokens[0, PROMPT.shape[1] :].tolist())
 
 
 def test_budgets_that_change_while_it_generates_change_no_token(model: Any) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_quality import shared_folder
+from corpora import bench_folders
 
 from comoe.bench import joint
 from comoe.bench.joint_figures import figures, page
@@ -60,12 +60,10 @@ def test_the_page_has_a_line_for_every_method() -> None:
 def test_a_tiny_model_is_compared_and_rows_are_kept(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "models").mkdir()
-    (tmp_path / "models" / "tiny").symlink_to(tiny_checkpoint)
-    shared, out = shared_folder(tmp_path / "shared"), tmp_path / "out"
+    models, shared, out = bench_folders(tmp_path, tiny_checkpoint)
 
     def run() -> dict[str, Any]:
-        return joint.run(tmp_path / "models", shared, quick=True, out=out, progress=lambda step, done: None)
+        return joint.run(models, shared, quick=True, out=out, progress=lambda step, done: None)
 
     document = run()
     assert document.keys() >= {

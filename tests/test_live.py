@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
+from models import greedy
 
 from comoe.plan.planner import Plan
 from comoe.plan.scheduler import BAND, MARGIN, MOST_HOLD_S
@@ -20,21 +20,8 @@ from comoe.runtime.seen import copied, mean_tokens, nothing, profile_between, us
 from comoe.store.profile import DECODE, PREFILL, Profile
 from comoe.types import DoesNotFit
 
-PROMPT = torch.arange(5, 25)[None]
 LIMIT = 1_000_000
 PLENTY = Snapshot(LIMIT, LIMIT)
-
-
-def greedy(model: Any, num_tokens: int = 10) -> list[int]:
-    with torch.inference_mode():
-        tokens = model.generate(
-            PROMPT,
-            attention_mask=torch.ones_like(PROMPT),
-            max_new_tokens=num_tokens,
-            do_sample=False,
-            eos_token_id=None,
-        )
-    return list(tokens[0, PROMPT.shape[1] :].tolist())
 
 
 @pytest.fixture
@@ -72,7 +59,7 @@ def short_of(model: Any, nbytes: int) -> Snapshot:
 
 
 def test_it_gives_memory_back_in_one_step_and_the_answer_stays(model: Any) -> None:
-    expected, before = greedy(model), model.comoe.cache.capacity
+    expected, before = greedy(model, 10), model.comoe.cache.capacity
     device = Device()
     live = driven(model, device)
     live.step(0.0)
@@ -81,7 +68,7 @@ def test_it_gives_memory_back_in_one_step_and_the_answer_stays(model: Any) -> No
     live.step(1.0)
     assert model.comoe.cache.capacity == before - round(BAND * LIMIT) - 1
     assert model.comoe.cache.resident_bytes <= model.comoe.cache.capacity
-    assert greedy(model) == expected
+    assert greedy(model, 10) == expected
 
 
 def test_what_it_gave_it_keeps_away_from_until_there_is_room_also_in_the_next_request(model: Any) -> None:
@@ -205,7 +192,7 @@ def test_it_runs_in_a_thread_of_its_own_that_ends_with_the_model(packed: Path) -
     before = set(threading.enumerate())
     model = load(packed, expert_memory="50%", live=True)
     assert any(thread.name == "comoe-live" for thread in threading.enumerate())
-    greedy(model)
+    greedy(model, 10)
     model.comoe.close()
     assert set(threading.enumerate()) <= before
 

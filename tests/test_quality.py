@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from corpora import DOMAINS, shared_folder
+from corpora import DOMAINS, bench_folders, shared_folder
 
 from comoe.bench import quality
 from comoe.bench.figures import with_losses
@@ -35,9 +35,7 @@ def run(models: Path, shared: Path, out: Path | None) -> dict[str, Any]:
 def tiny(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path, dict[str, Any]]:
     """(models, shared, out, the document of a first run) of a tiny model."""
     folder = tmp_path_factory.mktemp("bench")
-    (folder / "models").mkdir()
-    (folder / "models" / "tiny").symlink_to(tiny_checkpoint)
-    models, shared, out = folder / "models", shared_folder(folder / "shared"), folder / "out"
+    models, shared, out = bench_folders(folder, tiny_checkpoint)
     return models, shared, out, run(models, shared, out)
 
 

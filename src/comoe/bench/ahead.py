@@ -16,11 +16,8 @@ from comoe.bench.ratio import median_interval
 from comoe.bench.rows import Row
 from comoe.bench.turns import Side, decode_in_turns
 from comoe.make.protocol import Evaluation
-from comoe.memory.predict import Foretold, Predictor, Previous
-from comoe.memory.prefetch import Prefetcher
 from comoe.runtime.load import Loader
 from comoe.sim.replay import Cell, GroupOf, Times, replay
-from comoe.store.foresight import read_foresight
 from comoe.store.pack import Pack
 from comoe.store.trace import Trace
 
@@ -28,18 +25,12 @@ LAYER_S = 1e-3
 """Of a layer in the virtual scale model: half of it beside its experts."""
 
 
-def replayed(trace: Trace, cell: Cell, prefetch: str, ratio: float, pack: Pack, group_of: GroupOf) -> Row:
-    """A trace with reading ahead `on`, `auto` or `off`, where reading an expert takes `ratio` times a layer."""
+def replayed(trace: Trace, cell: Cell, ratio: float, pack: Pack, group_of: GroupOf) -> Row:
+    """What a trace comes to where reading an expert takes `ratio` times a layer."""
     experts = trace.experts.tolist()
     uses = max(1.0, len(trace.expert) / len(trace.layers))
     each = pack.manifest.expert_bytes_bf16 / sum(experts)
     times = Times(lambda nbytes: ratio * LAYER_S * nbytes / each, LAYER_S / 2 / uses, LAYER_S / 2 * len(experts))
-    if prefetch != "off":
-        assert trace.ahead is not None, "the pack has no foresight"
-        foretold = Foretold(trace.ahead, experts)
-        predictors: dict[str, Predictor] = {"learned": foretold, "previous": Previous(experts)}
-        prefetcher = Prefetcher(predictors, read_foresight(pack.folder, experts), always=prefetch == "on")
-        cell = cell._replace(before_chunk=foretold.begin, prefetcher=prefetcher)
     found, decode = replay(trace, cell, group_of, pack.nbytes, times), trace.tokens == 1
     return {
         "byte_hit_rate": found.byte_hit_rate,

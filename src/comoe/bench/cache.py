@@ -16,7 +16,6 @@ from comoe.bench.material import Material, read_material
 from comoe.bench.recall import recalled
 from comoe.bench.rows import Job, Row, RowFile, collect
 from comoe.bench.subject import Subject
-from comoe.make.protocol import Evaluation
 from comoe.make.recipe import Recipe
 from comoe.make.text import windows
 from comoe.make.trace import CONTEXT, record
@@ -24,8 +23,8 @@ from comoe.memory.policy import POLICIES
 from comoe.memory.prefetch import PREFETCHES
 from comoe.runtime.load import Loader, Options
 from comoe.sim.belady import belady
-from comoe.sim.replay import Cell, replay
-from comoe.store.foresight import read_foresight
+from comoe.sim.replay import Cell, reading_ahead, replay
+from comoe.store.foresight import Foresight, read_foresight
 from comoe.store.pack import Pack
 from comoe.store.trace import Trace
 from comoe.types import BlobId, DoesNotFit, ExpertId, Progress
@@ -114,13 +113,14 @@ class Traced(Subject):
         with model.comoe:
             return record(model, self.tokenizer, texts, self.scope.tokens * len(texts))
 
-    @property
+    @cached_property
+    def foresight(self) -> Foresight:
+        return read_foresight(self.packed.folder, [layer.num_experts for layer in self.packed.manifest.layers])
+
+    @cached_property
     def windows(self) -> list[list[int]]:
         """One of each domain."""
-        model = self.loader("off").resident(FORM)
-        with model.comoe:
-            length = Evaluation.for_model(model, self.tokenizer).window_length
-        return [windows(self.tokenizer, text, length, 1)[0] for text in self.material.valid.values()]
+        return [windows(self.tokenizer, text, self.window_length, 1)[0] for text in self.material.valid.values()]
 
     def group_of(self, expert: ExpertId) -> tuple[BlobId, ...]:
         return self.packed.manifest.blobs(expert, FORM)
@@ -153,18 +153,19 @@ def policy_row(subject: Traced, share: float, policy: str) -> Row:
 def ahead_row(subject: Traced, share: float, ratio: float, prefetch: str) -> Row:
     """Reading ahead or not in `share` of the experts' bytes, where a read takes `ratio` times a layer."""
     cell = Cell(subject.capacity(share), POLICIES[PREFETCH_POLICY]())
+    if prefetch != "off":
+        cell = reading_ahead(cell, subject.trace, subject.foresight, always=prefetch == "on")
     try:
-        return {"fits": True, **replayed(subject.trace, cell, prefetch, ratio, subject.packed, subject.group_of)}
+        return {"fits": True, **replayed(subject.trace, cell, ratio, subject.packed, subject.group_of)}
     except DoesNotFit as error:
         return {"fits": False, "smallest_bytes": error.smallest}
 
 
 def recall_row(subject: Traced) -> Row:
     """What predictors foretell, layer by layer."""
-    foresight = read_foresight(subject.packed.folder, subject.trace.experts.tolist())
     model = subject.loader("off").resident(FORM)
     with model.comoe:
-        return recalled(model, subject.tokenizer, foresight, subject.windows, subject.scope.live_tokens)
+        return recalled(model, subject.tokenizer, subject.foresight, subject.windows, subject.scope.live_tokens)
 
 
 def live_row(subject: Traced, ratio: float) -> Row:

@@ -24,6 +24,7 @@ from comoe.memory.residency import Group
 from comoe.plan.ladder import Ladder, ladder_of
 from comoe.runtime.load import Loader, Options
 from comoe.sim.replay import GroupOf
+from comoe.store.foresight import Foresight, read_foresight
 from comoe.store.pack import Pack
 from comoe.store.trace import Trace
 from comoe.types import ExpertId
@@ -72,6 +73,10 @@ class Contender:
     @cached_property
     def experts(self) -> list[int]:
         return [layer.num_experts for layer in self.packed.manifest.layers]
+
+    @cached_property
+    def foresight(self) -> Foresight:
+        return read_foresight(self.packed.folder, self.experts)
 
     @property
     def forms(self) -> list[str]:

@@ -29,13 +29,11 @@ from comoe.make.calibrate import cut, fitted
 from comoe.make.chain import restricted, with_chain
 from comoe.make.export import expert_weights
 from comoe.make.pack import BATCH_WINDOWS
-from comoe.make.protocol import DecoderEvaluation, EncoderDecoderEvaluation
 from comoe.make.recipe import Recipe
 from comoe.make.score import Score
 from comoe.make.shared import AS_MEASURED, SHARING, Sharing
 from comoe.make.text import windows
 from comoe.runtime.experts import SiteMath
-from comoe.store.checkpoint import read_config
 from comoe.store.manifest import FORM_PARTS, ChainStep, Manifest
 from comoe.store.pack import Pack
 from comoe.types import ExpertId, Progress
@@ -116,7 +114,7 @@ class Contest(Subject):
     @cached_property
     def calibration(self) -> dict[str, list[list[int]]]:
         """The windows of calibration text by domain, those that forms are fitted to and others."""
-        return cut(self.tokenizer, self.recipe.texts, self._window_length, self.recipe.num_tokens)
+        return cut(self.tokenizer, self.recipe.texts, self.window_length, self.recipe.num_tokens)
 
     @cached_property
     def bank(self) -> Bank:
@@ -127,13 +125,8 @@ class Contest(Subject):
     @cached_property
     def windows(self) -> Windows:
         """What is scored: the validation text of every domain."""
-        length, number = self._window_length, self._scope.windows
+        length, number = self.window_length, self._scope.windows
         return {name: windows(self.tokenizer, text, length, number) for name, text in self._material.valid.items()}
-
-    @property
-    def _window_length(self) -> int:
-        encodes = read_config(self.folder).is_encoder_decoder
-        return (EncoderDecoderEvaluation if encodes else DecoderEvaluation).window_length
 
 
 def run(models: Path, shared: Path, *, quick: bool, out: Path | None, progress: Progress) -> Document:

@@ -9,14 +9,11 @@ import numpy as np
 from comoe.bench.contender import Contender
 from comoe.bench.rows import Row
 from comoe.memory.policy import POLICIES
-from comoe.memory.predict import Foretold, Predictor, Previous
-from comoe.memory.prefetch import Prefetcher
 from comoe.plan.ledger import Ledger
 from comoe.plan.missrule import MissRule
 from comoe.plan.planner import uniform
 from comoe.sim.belady import belady
-from comoe.sim.replay import Cell, Replayed, Times, replay
-from comoe.store.foresight import read_foresight
+from comoe.sim.replay import Cell, Replayed, Times, reading_ahead, replay
 from comoe.store.trace import Trace
 from comoe.types import DoesNotFit
 
@@ -86,10 +83,7 @@ class Match:
             plan = replace(uniform(ladder, way.rung), floor=way.floor, wait_threshold=float("inf"))
             cell = cell._replace(miss=MissRule(plan, ledger), floor_of=of.group_of(way.floor))
         if way.prefetch != "off" and trace.ahead is not None:
-            foretold = Foretold(trace.ahead, of.experts)
-            predictors: dict[str, Predictor] = {"learned": foretold, "previous": Previous(of.experts)}
-            prefetcher = Prefetcher(predictors, read_foresight(of.packed.folder, of.experts))
-            cell = cell._replace(before_chunk=foretold.begin, prefetcher=prefetcher)
+            cell = reading_ahead(cell, trace, of.foresight)
         try:
             return self._replayed(trace, cell, way.rung), ledger
         except DoesNotFit:

@@ -7,8 +7,10 @@ from typing import Any
 from blake3 import blake3
 
 from comoe.make.pack import pack
+from comoe.make.protocol import Evaluation
 from comoe.make.recipe import Recipe
 from comoe.runtime.generate import tokenizer_of
+from comoe.store.checkpoint import read_config
 
 
 class Subject:
@@ -30,6 +32,11 @@ class Subject:
     @cached_property
     def tokenizer(self) -> Any:
         return tokenizer_of(self.folder)
+
+    @cached_property
+    def window_length(self) -> int:
+        """Tokens of a window of the evaluation protocol."""
+        return Evaluation.kind(read_config(self.folder)).window_length
 
     def pack(self, recipe: Recipe) -> Path:
         """The folder of a recipe's pack, made now or found."""

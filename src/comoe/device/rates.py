@@ -3,24 +3,18 @@
 import threading
 
 from comoe.device.probe import Clock
-from comoe.store.source import Source
+from comoe.store.source import Source, Through
 from comoe.types import BlobId
 
 
-class TimedSource:
+class TimedSource(Through):
     """`source`, whose reads are counted: bytes, and the seconds that they took. A read that fails counts nothing."""
 
     def __init__(self, source: Source, clock: Clock) -> None:
-        self._source, self._clock = source, clock
+        super().__init__(source)
+        self._clock = clock
         self._lock = threading.Lock()
         self._nbytes, self._seconds = 0, 0.0
-
-    @property
-    def tier(self) -> str:
-        return self._source.tier
-
-    def nbytes(self, blob: BlobId) -> int:
-        return self._source.nbytes(blob)
 
     def read(self, blob: BlobId, into: memoryview) -> None:
         start_s = self._clock()

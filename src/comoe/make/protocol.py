@@ -68,8 +68,12 @@ class Evaluation(ABC):
         """The model's protocol. ValueError for a model in training mode: dropout and jitter would count."""
         if model.training:
             raise ValueError("The model is in training mode; call model.eval() first.")
-        kind = EncoderDecoderEvaluation if model.config.is_encoder_decoder else DecoderEvaluation
-        return kind(model, tokenizer, batch)
+        return Evaluation.kind(model.config)(model, tokenizer, batch)
+
+    @staticmethod
+    def kind(config: Any) -> "type[Evaluation]":
+        """The protocol of models with this config."""
+        return EncoderDecoderEvaluation if config.is_encoder_decoder else DecoderEvaluation
 
     @abstractmethod
     def split(self, window: Sequence[int]) -> tuple[list[int], list[int]]:

@@ -3,7 +3,7 @@
 No model, no threads, no reads: what `memory.cache` does with them is done here one event after the other.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
@@ -13,9 +13,11 @@ import numpy.typing as npt
 
 from comoe.memory.arena import held_size
 from comoe.memory.policy import Policy
+from comoe.memory.predict import Foretold, Previous
 from comoe.memory.prefetch import Prefetcher
 from comoe.memory.residency import Group, Residency, Tally, first_ready
 from comoe.plan.missrule import MissRule
+from comoe.store.foresight import Link
 from comoe.store.trace import Chunk, Trace
 from comoe.types import BlobId, ExpertId
 
@@ -45,6 +47,19 @@ class Cell(NamedTuple):
     prefetcher: Prefetcher | None = None
     miss: MissRule | None = None
     floor_of: GroupOf | None = None
+
+
+def reading_ahead(cell: Cell, trace: Trace, links: Iterable[Link], *, always: bool = False) -> Cell:
+    """`cell` with experts read ahead by what the trace's foresight said: while that pays, or `always`.
+
+    ValueError for a trace of a pack without foresight.
+    """
+    if trace.ahead is None:
+        raise ValueError("the trace has no foresight")
+    experts = trace.experts.tolist()
+    foretold = Foretold(trace.ahead, experts)
+    prefetcher = Prefetcher({"learned": foretold, "previous": Previous(experts)}, links, always=always)
+    return cell._replace(before_chunk=foretold.begin, prefetcher=prefetcher)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,22 +7,16 @@ the same, so that milliseconds and nats come from one run: the scale model.
 from collections.abc import Callable
 from time import perf_counter, sleep
 
-from comoe.store.source import Source
+from comoe.store.source import Source, Through
 from comoe.types import BlobId
 
 
-class Paced:
+class Paced(Through):
     """`source`, whose reads of so many bytes take `seconds`, or as long as they do where that is more."""
 
     def __init__(self, source: Source, seconds: Callable[[int], float]) -> None:
-        self._source, self._seconds = source, seconds
-
-    @property
-    def tier(self) -> str:
-        return self._source.tier
-
-    def nbytes(self, blob: BlobId) -> int:
-        return self._source.nbytes(blob)
+        super().__init__(source)
+        self._seconds = seconds
 
     def read(self, blob: BlobId, into: memoryview) -> None:
         end_s = perf_counter() + self._seconds(self.nbytes(blob))

@@ -26,3 +26,17 @@ class Source(Protocol):
         the bytes are not those that the pack recorded, SourceMissing or SourceChanged where the checkpoint moved.
         """
         ...
+
+
+class Through:
+    """A source's tier and sizes, for one that reads through another."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+
+    @property
+    def tier(self) -> str:
+        return self._source.tier
+
+    def nbytes(self, blob: BlobId) -> int:
+        return self._source.nbytes(blob)

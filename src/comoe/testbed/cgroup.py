@@ -9,7 +9,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +45,21 @@ HIERARCHIES = (
         Path("/sys/fs/cgroup"), "memory.max", "memory.swap.max", "0", "memory.current", "memory.events"
     ),
 )  # fmt: skip
+
+
+def remove(group: Path, before: Callable[[], None] = lambda: None) -> None:
+    """Remove a group's folder, once those in it are gone; `before` every try. OSError where it will not go."""
+    until_s = time.monotonic() + REMOVAL_S
+    while True:
+        before()
+        try:
+            group.rmdir()
+        except OSError:
+            if time.monotonic() > until_s:
+                raise
+            time.sleep(0.05)
+        else:
+            return
 
 
 class MemoryGroup:
@@ -115,19 +130,12 @@ class MemoryGroup:
 
     def close(self) -> None:
         """Kill what still runs in the group, by its process ids, and remove it. OSError where it will not go."""
-        until_s = time.monotonic() + REMOVAL_S
-        while True:
-            for pid in (self.folder / "cgroup.procs").read_text().split():
-                with suppress(ProcessLookupError):
-                    os.kill(int(pid), signal.SIGKILL)
-            try:
-                self.folder.rmdir()
-            except OSError:
-                if time.monotonic() > until_s:
-                    raise
-                time.sleep(0.05)
-            else:
-                return
+        remove(self.folder, self._kill)
+
+    def _kill(self) -> None:
+        for pid in (self.folder / "cgroup.procs").read_text().split():
+            with suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
 
     def _set_limit(self) -> None:
         words, swap = self._hierarchy, self.folder / self._hierarchy.swap

@@ -7,7 +7,6 @@ classes only span what slow, middling and fast ones differ in.
 import os
 import subprocess
 import tempfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from comoe.testbed.cgroup import REMOVAL_S, MemoryGroup
+from comoe.testbed.cgroup import MemoryGroup, remove
 
 TOP = Path("/sys/fs/cgroup")
 PERIOD_US = 100_000
@@ -107,17 +106,4 @@ def _group(top: Path, settings: Mapping[str, str]) -> Iterator[Path]:
             (folder / name).write_text(value)
         yield folder
     finally:
-        _remove(folder)
-
-
-def _remove(folder: Path) -> None:
-    until_s = time.monotonic() + REMOVAL_S
-    while True:
-        try:
-            folder.rmdir()
-        except OSError:
-            if time.monotonic() > until_s:
-                raise
-            time.sleep(0.05)
-        else:
-            return
+        remove(folder)
