@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from corpora import bench_folders
 
 from comoe.bench import joint
 from comoe.bench.joint_figures import figures, page
+from comoe.bench.match import Match, Way
 
 
 def method(ms: float, loss: float, way: str = "q4", **more: Any) -> dict[str, Any]:
@@ -55,6 +57,17 @@ def test_the_page_has_a_line_for_every_method() -> None:
     shown = page({"settings": settings, "models": dict.fromkeys("abc", ""), **figures(rows)})
     assert "| joint | q4, lfu, auto | 5.00 | 10.00 | 50 | 2 KiB | 50.0% | 0.10% |" in shown
     assert "| clairvoyant | the future is known | 1.00 |" in shown and "| other | does not fit |" in shown
+
+
+def test_the_best_way_is_the_fastest_that_fits_and_keeps_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    ms = {"fast": 1.0, "slow": 3.0, "wide": None, "lossy": 0.5}
+    contender = SimpleNamespace(told={"fast": 0.004, "slow": 0.0, "wide": 0.0, "lossy": 0.006})
+    match = Match(contender, {}, 100, 1.0, 0.005)  # type: ignore[arg-type]
+    monkeypatch.setattr(match, "chosen_ms", lambda way: ms[way.rung])
+    ways = [Way(rung, "lfu", "off") for rung in ms]
+    assert match.best(ways) == Way("fast", "lfu", "off")
+    assert match.best(ways[1:2]) == Way("slow", "lfu", "off")
+    assert match.best(ways[2:]) is None
 
 
 def test_a_tiny_model_is_compared_and_rows_are_kept(

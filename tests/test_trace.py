@@ -1,6 +1,7 @@
 """Traces: read as they were written or refused whole, and what is recorded is what routers chose, call by call."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from comoe.make.trace import PROMPT_TOKENS, record
 from comoe.runtime.generate import tokenizer_of
 from comoe.runtime.load import load
 from comoe.runtime.recorder import recording
-from comoe.store.trace import DTYPES, Chunk, Trace, read_trace, write_trace
+from comoe.store.trace import DTYPES, Chunk, Foreseen, Trace, read_trace, write_trace
 from comoe.types import UsageError
 
 EXPERTS = (3, 2)
@@ -115,6 +116,40 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "gates that are no numbers": put("gate", [1.5, np.nan, 2.0, 1.0]),
     "gates below 0": put("gate", [1.5, -1.0, 2.0, 1.0]),
 }
+
+
+AHEAD = Foreseen(
+    np.array([0, 2, 2, 2, 3]), np.array([1, 0, 2], np.int32), np.array([0.9, 0.25, 1.0], np.float32)
+)  # fmt: skip
+
+
+def told(name: str, values: list[float]) -> Callable[[Path], object]:
+    return tensors_of(lambda found: found.update({name: np.array(values, getattr(AHEAD, name).dtype)}))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        tensors_of(lambda found: found.pop("chance")),
+        told("foreseen", [0, 2, 2, 3]),
+        told("foreseen", [0, 2, 1, 2, 3]),
+        told("foreseen", [0, 2, 2, 2, 2]),
+        told("candidate", [1, 0, 3]),
+        told("candidate", [1, 0]),
+        told("chance", [0.9, 0.25, 1.5]),
+        told("chance", [0.9, 0.25]),
+    ],
+)
+def test_what_was_foreseen_is_read_as_it_was_written_or_refused(
+    tmp_path: Path, damage: Callable[[Path], object]
+) -> None:
+    path = tmp_path / "a.trace"
+    write_trace(path, replace(SEEN, ahead=AHEAD))
+    found = read_trace(path)
+    assert found.ahead is not None
+    assert all(np.array_equal(got, wanted) for got, wanted in zip(found.ahead, AHEAD, strict=True))
+    damage(path)
+    assert "record it again" in refused(UsageError, lambda: read_trace(path), path)
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())

@@ -106,7 +106,8 @@ def read_trace(path: Path) -> Trace:
 def _parse(file: Path, tensors: dict[str, StoredTensor]) -> Trace:
     """The trace of a file's tensors; KeyError or ValueError for those of anything else."""
     parts = {name: read_numbers(file, tensors.pop(name), dtype) for name, dtype in DTYPES.items()}
-    ahead = {name: read_numbers(file, tensors.pop(name), dtype) for name, dtype in FORESEEN.items() if tensors}
+    foreseen = FORESEEN if tensors else {}
+    ahead = {name: read_numbers(file, tensors.pop(name), dtype) for name, dtype in foreseen.items()}
     trace = Trace(**parts, ahead=Foreseen(**ahead) if ahead else None)
     if tensors or not _is_sound(trace):
         raise ValueError("other tensors than a trace's")
