@@ -29,7 +29,8 @@ from comoe.plan.planner import uniform
 from comoe.runtime.generate import tokenizer_of
 from comoe.runtime.load import Loader, Options, load
 from comoe.sim.belady import Belady, belady
-from comoe.sim.replay import Cell, Replayed, Times, replay
+from comoe.sim.reader import Times
+from comoe.sim.replay import Cell, Replayed, replay
 from comoe.store.foresight import Link
 from comoe.store.layout import PAGE
 from comoe.store.pack import Pack

@@ -17,7 +17,8 @@ from comoe.bench.rows import Row
 from comoe.bench.turns import Side, decode_in_turns
 from comoe.make.protocol import Evaluation
 from comoe.runtime.load import Loader
-from comoe.sim.replay import Cell, GroupOf, Times, replay
+from comoe.sim.reader import Times
+from comoe.sim.replay import Cell, GroupOf, replay
 from comoe.store.pack import Pack
 from comoe.store.trace import Trace
 

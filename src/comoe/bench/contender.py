@@ -1,9 +1,11 @@
 """A model of the joint benchmark: the rungs that it may be served in, what they lose, what they take on this device."""
 
+from collections import Counter
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from time import perf_counter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -11,7 +13,9 @@ from comoe.bench.ladder import Contest, rung_weights
 from comoe.bench.ladder import Scope as LadderScope
 from comoe.bench.losses import loss_columns
 from comoe.bench.material import Material
+from comoe.bench.published import METHODS
 from comoe.bench.rows import Row
+from comoe.bench.staged import Answer, columns, score, staged
 from comoe.bench.turns import Side
 from comoe.device.costs import measured_costs
 from comoe.make.calibrate import held_out
@@ -19,10 +23,12 @@ from comoe.make.certify import certify
 from comoe.make.protocol import Evaluation
 from comoe.make.recipe import Recipe
 from comoe.make.score import Score
-from comoe.make.trace import CONTEXT, record
+from comoe.make.trace import CONTEXT, Turn, record, turns
 from comoe.memory.residency import Group
 from comoe.plan.ladder import Ladder, ladder_of
+from comoe.plan.pin import Pin
 from comoe.runtime.load import Loader, Options
+from comoe.sim.reader import Times
 from comoe.sim.replay import GroupOf
 from comoe.store.foresight import Foresight, read_foresight
 from comoe.store.pack import Pack
@@ -38,7 +44,8 @@ TIMED_TOKENS = 64
 class Scope(NamedTuple):
     """How much is measured: budgets, rates, domains (None: all), tokens of each to choose by and to be judged on.
 
-    Losses are measured on so many windows of each; forms are fitted to about `calibration_tokens`.
+    Losses are measured on so many windows of each; forms are fitted to about `calibration_tokens`. Live, `tokens` of
+    each of `live` windows are timed.
     """
 
     shares: tuple[float, ...]
@@ -48,6 +55,8 @@ class Scope(NamedTuple):
     judging: int
     windows: int
     calibration_tokens: int
+    live: int
+    tokens: int
 
 
 class Contender:
@@ -58,6 +67,7 @@ class Contender:
         how = LadderScope(scope.domains, scope.windows, scope.calibration_tokens, (), (), gate=False, upcycled=False)
         self._contest = Contest(folder, material, how, work)
         self._losses: dict[str, Row] = {}
+        self._scores: dict[bool, Score] = {}
         self.name, self.hash = self._contest.name, self._contest.hash
 
     @cached_property
@@ -105,19 +115,72 @@ class Contender:
             self._losses[rung] = loss_columns(found, self._exact)
         return self._losses[rung]
 
+    def published(self, method: str, share: float) -> Row | None:
+        """What a published method loses in a share of the experts' bytes; None where it reaches no such size."""
+        made = METHODS[method](self._contest.bank, share)
+        if made is None:
+            return None
+        found = self._contest.bank.nats(made, self._contest.windows)
+        return {"resident_bytes": made.nbytes, **loss_columns(found, self._exact)}
+
+    @cached_property
+    def depth(self) -> int:
+        """Sparse layers that decoding a token goes through."""
+        trace = self.traces[1]
+        return int(np.diff(trace.chunks)[trace.tokens == 1][0])
+
     @cached_property
     def _exact(self) -> Score:
         return self._contest.bank.nats(None, self._contest.windows)
 
+    @property
+    def texts(self) -> tuple[tuple[list[str], int], tuple[list[str], int]]:
+        """To choose by: calibration text; and to be judged on: other text. Each with the tokens to be decoded of it."""
+        calibration = [text.text for text in self._material.calibration]
+        valid = list(self._material.valid.values())
+        return (calibration, self._scope.choosing * len(calibration)), (valid, self._scope.judging * len(valid))
+
     @cached_property
     def traces(self) -> tuple[Trace, Trace]:
-        """Of exact decoding, to choose by: calibration text; and to be judged on: other text."""
-        calibration = [text.text for text in self._material.calibration]
-        texts = ((calibration, self._scope.choosing), (list(self._material.valid.values()), self._scope.judging))
-        model = self._loader().resident("exact")
+        """Of exact decoding, to choose by and to be judged on."""
+        model = self.loader(Pin(None, "exact")).resident("exact")
         with model.comoe:
-            chosen, judged = (record(model, self._contest.tokenizer, text, each * len(text)) for text, each in texts)
+            chosen, judged = (record(model, self._contest.tokenizer, *text) for text in self.texts)
         return chosen, judged
+
+    @cached_property
+    def use(self) -> dict[ExpertId, int]:
+        """How often experts are used while the choosing text is decoded."""
+        trace = self.traces[0]
+        layers = np.repeat(trace.layers, np.diff(trace.uses))
+        return {ExpertId(*of): n for of, n in Counter(zip(layers.tolist(), trace.expert.tolist(), strict=True)).items()}
+
+    def staged(self, pin: Pin, capacity: int, times: Times, *, judging: bool, **options: Any) -> tuple[Row, Score]:
+        """What serving so takes on a virtual clock and what it loses, measured in one run. Raises DoesNotFit."""
+        turns, domains = self._turns[judging]
+        answers = self.answers(pin, capacity, times, turns, **options)
+        return columns(answers), score(answers, turns, domains)
+
+    def answers(self, pin: Pin, capacity: int, times: Times, turns: Sequence[Turn], **options: Any) -> list[Answer]:
+        """What serving so makes of `turns` on a virtual clock. Raises DoesNotFit."""
+        return staged(self.loader(pin, **options), capacity, times, self._contest.tokenizer, turns)
+
+    def exact_score(self, *, judging: bool) -> Score:
+        """The score of the exact model on the same turns."""
+        if judging not in self._scores:
+            whole = self.packed.manifest.expert_bytes_bf16 * 2
+            self._scores[judging] = self.staged(Pin(None, "exact"), whole, Times(), judging=judging, prefetch="off")[1]
+        return self._scores[judging]
+
+    @cached_property
+    def _turns(self) -> tuple[tuple[list[Turn], list[str]], tuple[list[Turn], list[str]]]:
+        """What is decoded, to choose by and to be judged on, and the domains of the texts."""
+        model = self.loader(Pin(None, "exact")).resident("exact")
+        with model.comoe:
+            evaluation = Evaluation.for_model(model, self._contest.tokenizer)
+            chosen, judged = (turns(evaluation, *text) for text in self.texts)
+        domains = [text.domain for text in self._material.calibration]
+        return (chosen, domains), (judged, list(self._material.valid))
 
     def group_of(self, rung: str) -> GroupOf:
         """Which blobs an expert needs in a rung."""
@@ -130,26 +193,39 @@ class Contender:
         return found
 
     def timed(self) -> Row:
-        """What this device takes, in seconds, with everything in memory: a token outside experts, a use beside its
-        computing, computing an expert by form, and a layer of the exact model."""
-        model = self._loader().resident("exact")
-        window = next(iter(self._contest.windows.values()))[0]
-        with model.comoe as handle:
-            side = Side(Evaluation.for_model(model, self._contest.tokenizer))
+        """What this device takes, in seconds, with everything in memory: see `timing`."""
+        side = self.side(model := self.loader(Pin(None, "exact")).resident("exact"))
+        with model.comoe:
             for _ in range(3):
-                side.decode(window, TIMED_TOKENS, perf_counter)
-            per_token = side.uses["all"] / (3 * (TIMED_TOKENS - 1))
-            expert_s, uses = handle.stats()["expert_s"], handle.stats()["uses"]
+                side.decode(self.windows[0], TIMED_TOKENS, perf_counter)
+        return self.timing(side, self.compute_s())
+
+    def timing(self, side: Side, compute_s: dict[str, float]) -> Row:
+        """From a side that has decoded with exact experts in memory: seconds of a token outside experts, of a use
+        beside its computing, of computing an expert by form, and of a layer. The first window does not count."""
+        tokens = sum(map(len, side.ms)) - len(side.ms)
+        per_token, use_s = side.uses["all"] / tokens, side.expert_s / side.uses["all"]
         token_s = float(np.median(np.concatenate([ms[1:] for ms in side.ms[1:]]))) / 1e3
-        costs = measured_costs(self.packed, perf_counter)
-        compute_s = {form: self._compute_s(form, costs.compute_bps.get(form, costs.memory_bps)) for form in self._all}
-        use_s = expert_s / uses
         return {
             "outside_s": max(0.0, token_s - per_token * use_s),
             "use_s": max(0.0, use_s - compute_s["exact"]),
             "compute_s": compute_s,
-            "layer_s": token_s / len(self.experts),
+            "layer_s": token_s / self.depth,
         }
+
+    def compute_s(self) -> dict[str, float]:
+        """Seconds of computing an expert by form, from what this device was just measured to do."""
+        costs = measured_costs(self.packed, perf_counter)
+        return {form: self._compute_s(form, costs.compute_bps.get(form, costs.memory_bps)) for form in self._all}
+
+    @cached_property
+    def windows(self) -> list[list[int]]:
+        """One of each domain, of validation text."""
+        return [found[0] for found in self._contest.windows.values()]
+
+    def side(self, model: Any) -> Side:
+        """A served model, to be decoded with."""
+        return Side(Evaluation.for_model(model, self._contest.tokenizer))
 
     @property
     def _all(self) -> list[str]:
@@ -159,5 +235,8 @@ class Contender:
         rung = self.ladder.rung(form)
         return float(rung.groups_beside(None).mean()) / bps
 
-    def _loader(self) -> Loader:
-        return Loader(Pack(self.packed.folder), Options(context=CONTEXT))
+    def loader(self, pin: Pin, **options: Any) -> Loader:
+        """The pack in float32, as losses are measured, to be served by this pin."""
+        found = Loader(Pack(self.packed.folder), Options(context=CONTEXT, dtype="float32", **options))
+        found.pin = pin
+        return found

@@ -8,7 +8,15 @@ from comoe.bench.losses import percent
 from comoe.bench.rows import Row
 from comoe.units import format_size
 
-JOINT, SEPARABLE, AS_FAST = "joint", "separable", "joint, as fast"
+EXACT, AS_FAST = "exact, best offloader", "joint, as fast"
+SEPARABLE, SEPARABLE_BIAS = "separable", "separable, bias"
+JOINT, NO_BIAS = "joint", "joint, no bias"
+LIVE = (SEPARABLE, SEPARABLE_BIAS, NO_BIAS, JOINT, EXACT)
+"""Methods that are timed live; times are set beside the first's."""
+
+RESIDENT_KIND, LIVE_KIND = "resident", "live"
+"""Of rows of methods whose experts all stay in memory, and of times that threads and reads really took."""
+
 SHARE = 0.16
 """The budget of the published figures."""
 

@@ -1,4 +1,4 @@
-"""Two served models that decode the same windows in turns, so that whatever else the machine does falls on both."""
+"""Served models that decode the same windows in turns, so that whatever else the machine does falls on all of them."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -16,8 +16,8 @@ from comoe.make.score import Floats
 class Side:
     """A served model and its decoding so far; `nats` and `ms` hold an array (tokens,) for every window.
 
-    Every window is a request. `uses` and `bytes_read` are those of decode steps; `bytes_read_first` those of every
-    window's first step and of reading the prompt before it, as an encoder does.
+    Every window is a request. `uses`, `bytes_read` and `expert_s` are those of decode steps; `bytes_read_first` those
+    of every window's first step and of reading the prompt before it, as an encoder does.
     """
 
     evaluation: Evaluation
@@ -27,6 +27,7 @@ class Side:
     uses: Counter[str] = field(default_factory=Counter)
     bytes_read: Counter[str] = field(default_factory=Counter)
     bytes_read_first: Counter[str] = field(default_factory=Counter)
+    expert_s: float = 0.0
 
     def decode(self, window: Sequence[int], num_tokens: int, clock: Callable[[], float]) -> None:
         """Decode the first `num_tokens` of the window's target, teacher-forced."""
@@ -42,6 +43,7 @@ class Side:
         self.ledger.append(after["loss_ledger"])
         self.uses.update(_uses(after))
         self.uses.subtract(_uses(before))
+        self.expert_s += after["expert_s"] - before["expert_s"]
         self.bytes_read.update(after["bytes_read"])
         self.bytes_read.subtract(before["bytes_read"])
         self.bytes_read_first.update(before["bytes_read"])
@@ -52,9 +54,9 @@ class Side:
 
 
 def decode_in_turns(
-    sides: tuple[Side, Side], windows: Iterable[Sequence[int]], num_tokens: int, clock: Callable[[], float]
+    sides: Sequence[Side], windows: Iterable[Sequence[int]], num_tokens: int, clock: Callable[[], float]
 ) -> None:
-    """Decode every window on both sides; which goes first alternates."""
+    """Decode every window on all sides, forwards and backwards by turns."""
     for at, window in enumerate(windows):
         for side in sides if at % 2 else reversed(sides):
             side.decode(window, num_tokens, clock)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 from comoe.make.protocol import Evaluation
 from comoe.make.text import token_ids, windows
@@ -17,6 +17,14 @@ CONTEXT = 256
 """Tokens that memory is for: no window holds more."""
 
 
+class Turn(NamedTuple):
+    """A window's tokens: of the text of this index, those that are read at once and those that are decoded."""
+
+    text: int
+    prompt: list[int]
+    target: list[int]
+
+
 def record(
     model: Any, tokenizer: Any, texts: Sequence[str], num_tokens: int, progress: Progress = lambda step, done: None
 ) -> Trace:
@@ -25,18 +33,28 @@ def record(
     A window's prompt is read at once, the rest token by token; texts take turns. UsageError where one has no tokens.
     """
     evaluation = Evaluation.for_model(model, tokenizer)
+    found = turns(evaluation, texts, num_tokens)
+    with recording(model) as recorder:
+        for at, turn in enumerate(found):
+            progress(f"decoding {len(turn.target)} tokens of each window", at / len(found))
+            for _ in evaluation.forced(turn.prompt, turn.target, perf_counter):
+                pass
+    return recorder.trace()
+
+
+def turns(evaluation: Evaluation, texts: Sequence[str], num_tokens: int) -> list[Turn]:
+    """What `record` reads, in order."""
     longest = len(_split(evaluation, range(evaluation.window_length))[1])
     number = -(-num_tokens // (longest * len(texts)))
     each = -(-num_tokens // (number * len(texts)))
     cut = [_windows(evaluation, text, number) for text in texts]
-    turns = [windows[at] for at in range(number) for windows in cut if at < len(windows)]
-    with recording(model) as recorder:
-        for at, window in enumerate(turns):
-            progress(f"decoding {each} tokens of each window", at / len(turns))
-            prompt, target = _split(evaluation, window)
-            for _ in evaluation.forced(prompt, target[:each], perf_counter):
-                pass
-    return recorder.trace()
+    found = []
+    for at in range(number):
+        for text, mine in enumerate(cut):
+            if at < len(mine):
+                prompt, target = _split(evaluation, mine[at])
+                found.append(Turn(text, prompt, target[:each]))
+    return found
 
 
 def _windows(evaluation: Evaluation, text: str, number: int) -> list[list[int]]:

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from time import perf_counter
 from types import TracebackType
 
 from comoe.memory.arena import Arena, Buffer, held_size
@@ -24,7 +25,8 @@ class CacheStats:
 class BlobCache:
     """Blobs of `source` within `capacity` bytes of anonymous memory.
 
-    `largest_group` is the most bytes that blobs demanded together take; `io_threads` reads are in flight at once.
+    `largest_group` is the most bytes that blobs demanded together take; `io_threads` reads are in flight at once, one
+    where there is none: then somebody else reads, see `sim.clocked`.
     One thread consumes (`serve`); `resize`, `prefetch` and the properties may be called from any.
     """
 
@@ -40,7 +42,7 @@ class BlobCache:
         self._source = source
         self._policy = policy or LRU()
         self._residency = Residency(
-            capacity, self._held_size, self._policy, largest_group=largest_group, in_flight=io_threads
+            capacity, self._held_size, self._policy, largest_group=largest_group, in_flight=max(1, io_threads)
         )
         if capacity < largest_group:
             raise DoesNotFit(f"experts need at least {largest_group} bytes, {capacity} were given.", largest_group)
@@ -117,6 +119,10 @@ class BlobCache:
         """Let the policy forget: the text is another now."""
         with self._changed:
             self._policy.age(half_lives)
+
+    def now_s(self) -> float:
+        """Seconds on the clock by which reads take their time."""
+        return perf_counter()
 
     @property
     def capacity(self) -> int:

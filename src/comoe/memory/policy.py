@@ -16,7 +16,7 @@ class Policy(Protocol):
     """Order of eviction of the blobs that may leave."""
 
     def inserted(self, blob: BlobId, nbytes: int) -> None:
-        """`blob` came in."""
+        """`blob` came in. If for a use, that is told as any other."""
         ...
 
     def touched(self, blob: BlobId) -> None:
@@ -61,8 +61,7 @@ class LRU:
 class LFU:
     """Least frequently used first, with ageing: a use counts half after `half_life` further uses of any blob.
 
-    None: the more blobs were ever used, the more. To come in is a use, too. Blobs that left are remembered: there are
-    no more than a pack holds.
+    None: the more blobs were ever used, the more. Blobs that left are remembered: there are no more than a pack holds.
     """
 
     def __init__(self, half_life: float | None = None) -> None:
@@ -71,21 +70,9 @@ class LFU:
         self._order = Ranking()
 
     def inserted(self, blob: BlobId, nbytes: int) -> None:
-        self._count(blob)
+        self._order.put(blob, self._ranks.get(blob, -inf))
 
     def touched(self, blob: BlobId) -> None:
-        self._count(blob)
-
-    def removed(self, blob: BlobId) -> None:
-        self._order.remove(blob)
-
-    def victims(self) -> Iterator[BlobId]:
-        return self._order.ascending()
-
-    def age(self, half_lives: float) -> None:
-        self._now += half_lives
-
-    def _count(self, blob: BlobId) -> None:
         """All scores decay alike, so their order stays: a rank is the logarithm of what a score is worth at time 0.
 
         Time is counted in half-lives.
@@ -95,6 +82,15 @@ class LFU:
         rank = self._now + log2(1 + 2 ** (before - self._now))
         self._ranks[blob] = rank
         self._order.put(blob, rank)
+
+    def removed(self, blob: BlobId) -> None:
+        self._order.remove(blob)
+
+    def victims(self) -> Iterator[BlobId]:
+        return self._order.ascending()
+
+    def age(self, half_lives: float) -> None:
+        self._now += half_lives
 
 
 def read_seconds(latency_s: float, bps: float) -> Callable[[int], float]:
@@ -120,7 +116,7 @@ class GDSF:
 
     def inserted(self, blob: BlobId, nbytes: int) -> None:
         self._worth[blob], self._uses[blob] = self._cost(nbytes) / max(nbytes, 1), 0
-        self.touched(blob)
+        self._order.put(blob, self._age)
 
     def touched(self, blob: BlobId) -> None:
         self._uses[blob] += 1
@@ -135,6 +131,28 @@ class GDSF:
 
     def age(self, half_lives: float) -> None:
         """Nothing: it forgets as it goes."""
+
+
+class Fixed:
+    """Of least `worth` first, whatever is used: what a plan pins stays."""
+
+    def __init__(self, worth: Callable[[BlobId], float]) -> None:
+        self._worth, self._order = worth, Ranking()
+
+    def inserted(self, blob: BlobId, nbytes: int) -> None:
+        self._order.put(blob, self._worth(blob))
+
+    def touched(self, blob: BlobId) -> None:
+        """Nothing: a use teaches nothing."""
+
+    def removed(self, blob: BlobId) -> None:
+        self._order.remove(blob)
+
+    def victims(self) -> Iterator[BlobId]:
+        return self._order.ascending()
+
+    def age(self, half_lives: float) -> None:
+        """Nothing: there is nothing that it learnt."""
 
 
 POLICIES: Mapping[str, Callable[[], Policy]] = {"lru": LRU, "lfu": LFU, "gdsf": GDSF}

@@ -184,8 +184,11 @@ class Residency:
     def loaded(self, blob: BlobId) -> None:
         """The bytes of `blob` are there."""
         self._num_loading -= 1
-        self._entries[blob].loading = False
-        self._policy.inserted(blob, self._entries[blob].nbytes)
+        entry = self._entries[blob]
+        entry.loading = False
+        self._policy.inserted(blob, entry.nbytes)
+        if entry.pins:
+            self._policy.touched(blob)
         for ticket in self._active.values():
             if blob in ticket.missing:
                 ticket.missing.discard(blob)

@@ -6,7 +6,6 @@ The state of a running model that its layers share is here too. Residency is `me
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from time import perf_counter
 from typing import NamedTuple
 
 import torch
@@ -117,12 +116,12 @@ class ServedLayer:
 
         An index of `num_experts` or more means no expert.
         """
-        start_s = perf_counter()
+        start_s = self.serving.cache.now_s()
         chunks = zip(*(torch.split(t, CHUNK_TOKENS) for t in (x, index, weight)), strict=True)
         decode = len(x) <= DECODE_TOKENS
         self._seen[decode].tokens += len(x)
         outputs = [self._chunk(*chunk, decode=decode) for chunk in chunks]
-        self.serving.counts.expert_s += perf_counter() - start_s
+        self.serving.counts.expert_s += self.serving.cache.now_s() - start_s
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def _chunk(self, x: Tensor, index: Tensor, weight: Tensor, *, decode: bool) -> Tensor:
@@ -176,7 +175,7 @@ class ServedLayer:
         if serving.prefetcher is None:
             return []
         used = [use.expert for use in uses]
-        found = serving.prefetcher.step(self._index, len(x), used, lambda: floats(x), perf_counter())
+        found = serving.prefetcher.step(self._index, len(x), used, lambda: floats(x), serving.cache.now_s())
         return [serving.way(layer, expert, serving.plan.target).blobs for layer, expert in found]
 
     def _takes_floor(self, use: Use, hit: bool) -> bool:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from time import monotonic, perf_counter
-from typing import Any
+from typing import Any, Protocol
 
 from comoe.defaults import CONTEXT, POLICY, PREFETCH, ROUTING_BIAS
 from comoe.device import process
@@ -15,7 +15,7 @@ from comoe.device.memory import check_possible, default_memory
 from comoe.device.monitor import Monitor
 from comoe.device.rates import TimedSource
 from comoe.memory.cache import BlobCache
-from comoe.memory.policy import POLICIES
+from comoe.memory.policy import POLICIES, Policy
 from comoe.memory.predict import Frequent, Learned, Predictor, Previous
 from comoe.memory.prefetch import PREFETCHES, Prefetcher
 from comoe.plan.cost import Costs
@@ -40,8 +40,15 @@ from comoe.store.layout import PAGE
 from comoe.store.paced import Paced
 from comoe.store.pack import Pack, refuse_idle_source
 from comoe.store.profile import Profile, read_profile
+from comoe.store.source import Source
 from comoe.types import DoesNotFit, RemoteUnavailable, UsageError
 from comoe.units import format_size, parse_budget, parse_share, parse_size
+
+
+class NewCache(Protocol):
+    """Makes the cache of a model: `BlobCache`, or one whose clock is another."""
+
+    def __call__(self, source: Source, capacity: int, *, largest_group: int, policy: Policy) -> BlobCache: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +161,7 @@ def load(
 class Loader:
     """A pack on the way to being served: refuse early, load the dense part, warm up, plan, fill.
 
-    `pin` is what the plan may not choose, None where it is free.
+    `pin` is what the plan may not choose, None where it is free; `new_cache` makes the cache.
     """
 
     def __init__(self, pack: Pack, options: Options) -> None:
@@ -170,6 +177,7 @@ class Loader:
         self._dtype = TORCH_DTYPES[self._work.dtype]
         self.pin = _pin(self.ladder, options)
         self._source = TimedSource(pack, perf_counter)
+        self.new_cache: NewCache = BlobCache
         process.steady_malloc()
         process.bound_kernel_caches()
         use_threads(options.threads)
@@ -216,6 +224,12 @@ class Loader:
         wanted = self.ladder.rung(rung)
         room = min(wanted.nbytes, max(capacity, wanted.group_beside(None)))
         return self._serve(model, uniform(self.ladder, rung), room)
+
+    def as_pinned(self, capacity: int) -> Any:
+        """The model by the plan of `pin` in `capacity` bytes of experts; nothing is measured. Raises DoesNotFit."""
+        assert self.pin is not None, "there is nothing to go by"
+        plan = pinned(self.ladder, self.pin, capacity)
+        return self._serve(self._skeleton(), plan, capacity, foresight=self._foresight)
 
     def pace(self, seconds: Callable[[int], float]) -> None:
         """Let reads of so many bytes take so long: the scale model."""
@@ -290,7 +304,7 @@ class Loader:
 
     def _cache(self, capacity: int, largest_group: int) -> BlobCache:
         policy = POLICIES[self.options.policy]()
-        return BlobCache(self._source, capacity, largest_group=largest_group, policy=policy)
+        return self.new_cache(self._source, capacity, largest_group=largest_group, policy=policy)
 
     def _serve(
         self,

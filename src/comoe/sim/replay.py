@@ -17,20 +17,13 @@ from comoe.memory.predict import Foretold, Previous
 from comoe.memory.prefetch import Prefetcher
 from comoe.memory.residency import Group, Residency, Tally, first_ready
 from comoe.plan.missrule import MissRule
+from comoe.sim.reader import Reader, Times
 from comoe.store.foresight import Link
 from comoe.store.trace import Chunk, Trace
 from comoe.types import BlobId, ExpertId
 
 GroupOf = Callable[[ExpertId], Group]
 """Which blobs an expert needs, in the form that is replayed."""
-
-
-class Times(NamedTuple):
-    """Seconds of a device: to read so many bytes, one read at a time; to use an expert; of a token outside experts."""
-
-    read_s: Callable[[int], float] = lambda nbytes: 0.0
-    use_s: float = 0.0
-    token_s: float = 0.0
 
 
 class Cell(NamedTuple):
@@ -158,17 +151,20 @@ def grouped(trace: Trace, group_of: GroupOf) -> Iterator[tuple[Chunk, list[Group
 
 
 class VirtualCache:
-    """What `memory.cache.BlobCache` is to a thread that computes, with a clock instead of a thread that reads.
-
-    One read is in flight; it goes on while experts compute.
-    """
+    """What `memory.cache.BlobCache` is to a thread that computes, without bytes: its reads take virtual time."""
 
     def __init__(self, cell: Cell, nbytes: Callable[[BlobId], int], times: Times) -> None:
-        self._nbytes, self._times = nbytes, times
+        self._times = times
         self._residency = Residency(cell.capacity, lambda blob: held_size(nbytes(blob)), cell.policy)
-        self._reading: tuple[BlobId, float] | None = None
-        self.now_s = 0.0
-        self.bytes_read = 0
+        self._reader = Reader(self._residency, nbytes, times.read_s)
+
+    @property
+    def now_s(self) -> float:
+        return self._reader.now_s
+
+    @property
+    def bytes_read(self) -> int:
+        return self._reader.bytes_read
 
     def resident(self, group: Sequence[BlobId]) -> bool:
         """Whether every blob of `group` is in memory now."""
@@ -190,7 +186,7 @@ class VirtualCache:
         while tickets:
             position = first_ready(tickets)
             if position is None:
-                self._end()
+                self._reader.end()
                 continue
             ticket = tickets.pop(position)
             self.advance(self._times.use_s)
@@ -212,23 +208,9 @@ class VirtualCache:
             self._residency.prefetch(group)
 
     def advance(self, seconds: float) -> None:
-        """Compute for so long; reads that end meanwhile have ended, and the next have begun."""
-        end_s = self.now_s + seconds
-        while self._reading is not None and self._reading[1] <= end_s:
-            self._end()
-        self.now_s = end_s
+        """Compute for so long."""
+        self._reader.advance(seconds)
 
     def _begin(self) -> None:
-        """Begin what is to be read, if nothing is being read."""
-        if self._reading is None and (blob := self._residency.next_load()) is not None:
-            self._reading = blob, self.now_s + self._times.read_s(self._nbytes(blob))
+        self._reader.begin()
         self._residency.take_evictions()  # no memory is to be freed
-
-    def _end(self) -> None:
-        """Wait for the read in flight to end; the next begins at once."""
-        assert self._reading is not None, "nothing is read that could be waited for"
-        blob, self.now_s = self._reading
-        self._reading = None
-        self.bytes_read += self._nbytes(blob)
-        self._residency.loaded(blob)
-        self._begin()
