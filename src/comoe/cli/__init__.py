@@ -71,7 +71,12 @@ def _print_version(wanted: bool) -> None:
 def begin(
     context: typer.Context,
     config: Annotated[
-        str | None, typer.Option(envvar="COMOE_CONFIG", metavar="FILE", help="Settings file instead of ./comoe.toml.")
+        str | None,
+        typer.Option(
+            envvar="COMOE_CONFIG",
+            metavar="FILE|PRESET",
+            help="Settings file instead of ./comoe.toml, or faithful, balanced, small, slow-reads.",
+        ),
     ] = None,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and stop.")
