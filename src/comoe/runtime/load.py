@@ -18,6 +18,7 @@ from comoe.memory.cache import BlobCache
 from comoe.memory.policy import POLICIES, Policy
 from comoe.memory.predict import Frequent, Learned, Predictor, Previous
 from comoe.memory.prefetch import PREFETCHES, Prefetcher
+from comoe.net.access import Access, open_pack
 from comoe.plan.cost import Costs
 from comoe.plan.footprint import FIRST_USE_FILE_BYTES, Workload, advised, beside_experts, dtype_of, unseen_bytes
 from comoe.plan.ladder import Band, Ladder, ladder_of
@@ -103,7 +104,7 @@ class Options:
 
 
 def load(
-    pack: str | Path,
+    pack: str | Path | Pack,
     memory: str | int | None = None,
     expert_memory: str | int | None = None,
     max_loss: float | str = 0.0,
@@ -121,8 +122,11 @@ def load(
     log: bool = False,
     replay: str | Path | None = None,
     routing_bias: float = ROUTING_BIAS,
+    access: Access | None = None,
 ) -> Any:
     """A transformers model whose experts are streamed from `pack` within a budget; `model.comoe` is its handle.
+
+    `pack` is a folder, an address (https://, s3://) or an open pack; `access` says how addresses are reached.
 
     `memory` bounds the whole process ("4GiB" or bytes), `expert_memory` the experts only (also "30%" of their bf16
     bytes); without either, four fifths of what is free. `max_loss` bounds the predicted relative increase of nats per
@@ -144,7 +148,7 @@ def load(
     if memory is not None and expert_memory is not None:
         raise UsageError("give memory for the whole process or expert memory, not both.")
     moved_to = Path(source) if source else None
-    opened = Pack(Path(pack), source=moved_to)
+    opened = pack if isinstance(pack, Pack) else open_pack(pack, moved_to, access)
     refuse_idle_source(moved_to, opened.folder, opened.manifest)
     known = read_profile(Path(profile)) if profile else None
     given = memory is not None or expert_memory is not None

@@ -109,6 +109,10 @@ class Pack:
         for sentence in self.broken_files():
             raise CorruptBlob(sentence)
 
+    def reading(self) -> tuple[float, float] | None:
+        """(bytes per second, seconds of latency) of reads, where that is known better than by probing; else None."""
+        return None
+
     @property
     def own_bytes(self) -> int:
         """Bytes of the pack's folder."""
@@ -242,4 +246,3 @@ def header_hash(path: Path) -> str:
 def _source_folder(folder: Path, manifest: Manifest) -> Path | None:
     """The checkpoint's folder as recorded, relative to the pack where it is not absolute."""
     return folder / manifest.source.folder if manifest.source else None
-

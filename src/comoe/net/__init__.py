@@ -1,0 +1,1 @@
+"""Packs and experts that are somewhere on the network."""
