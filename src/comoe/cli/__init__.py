@@ -16,6 +16,7 @@ from comoe.cli.command import Command
 from comoe.cli.config import defaults_of
 from comoe.cli.demo import command as demo
 from comoe.cli.doctor import command as doctor
+from comoe.cli.edge import command as edge
 from comoe.cli.ending import Commands, drop_unread, last_word
 from comoe.cli.export import command as export
 from comoe.cli.inspect import command as inspect
@@ -27,7 +28,11 @@ from comoe.cli.trace import command as trace
 from comoe.cli.verify import command as verify
 from comoe.types import ComoeError
 
-RUN_PACKAGES = {"torch", "transformers", "safetensors", "scipy"}
+EXTRAS = {
+    **dict.fromkeys(("torch", "transformers", "safetensors", "scipy"), "run"),
+    **dict.fromkeys(("starlette", "uvicorn", "httptools", "prometheus_client"), "edge"),
+}
+"""Which of comoe's extras brings a package."""
 
 app = typer.Typer(
     name="comoe",
@@ -50,6 +55,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "inspect": inspect,
     "verify": verify,
     "export": export,
+    "edge": edge,
     "doctor": doctor,
     "demo": demo,
     "bench": bench,
@@ -92,9 +98,9 @@ def main() -> None:
     except ComoeError as error:
         _stop(str(error), error.exit_code)
     except ModuleNotFoundError as error:
-        if error.name not in RUN_PACKAGES:
+        if error.name not in EXTRAS:
             raise
-        _stop(f"this command needs {error.name}: pip install 'comoe[run]'.", 1)
+        _stop(f"this command needs {error.name}: pip install 'comoe[{EXTRAS[error.name]}]'.", 1)
     finally:
         drop_unread()
 

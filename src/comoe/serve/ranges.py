@@ -1,0 +1,39 @@
+"""The Range header of one request (RFC 9110, section 14). Pure.
+
+Lists of ranges are answered with the whole file, which the RFC allows: no client of comoe sends them, and many small
+ranges are a known attack.
+"""
+
+import re
+from typing import NamedTuple
+
+MAX_DIGITS = 18
+
+
+class Span(NamedTuple):
+    """Bytes from `start` up to, not including, `stop`."""
+
+    start: int
+    stop: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.stop - self.start
+
+
+def parse_range(header: str | None, size: int) -> Span | None:
+    """The bytes that `header` asks for of a file of `size` bytes: all of them without one, or where it is no range.
+
+    None where the range lies outside the file.
+    """
+    match = re.fullmatch(r"bytes=(\d*)-(\d*)", header.strip(), re.ASCII) if header else None
+    if match is None or not any(match.groups()) or max(map(len, match.groups())) > MAX_DIGITS:
+        return Span(0, size)
+    first, last = match.groups()
+    if not first:
+        length = min(int(last), size)
+        return Span(size - length, size) if length else None
+    start, stop = int(first), min(int(last) + 1 if last else size, size)
+    if last and int(last) < int(first):
+        return Span(0, size)
+    return Span(start, stop) if start < size else None
