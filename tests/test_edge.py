@@ -1,8 +1,6 @@
 """`comoe edge`, a process that real sockets talk to: files, ranges, limits, the door, the end."""
 
 import shutil
-import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
@@ -269,12 +267,3 @@ def test_a_short_token_and_two_packs_of_one_name_are_refused(comoe: Comoe, toy: 
     assert "at least 16" in comoe("edge", toy, "--token-file", tmp_path / "token").sentence
     shutil.copytree(toy, tmp_path / "other" / PACK)
     assert "same name" in comoe("edge", toy, tmp_path / "other" / PACK).sentence
-
-
-def test_a_slow_reader_does_not_stop_others(edge: Edge, toy: Path) -> None:
-    with edge.connect() as slow:
-        slow.sendall(f"GET /packs/{PACK}/{blob_file(toy).name} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
-        done = threading.Event()
-        threading.Thread(target=lambda: (edge.file(PACK, MANIFEST), done.set()), daemon=True).start()
-        assert done.wait(30)
-        time.sleep(0)
