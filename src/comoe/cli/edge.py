@@ -1,5 +1,6 @@
 """`comoe edge`: a node that serves packs to devices near it."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -61,7 +62,8 @@ def command(
     from comoe.serve.shelf import Shelf
 
     token, tls = read_token(token_file) if token_file else None, tls_of(cert, key)
-    limits, metrics = Limits(requests=max_requests, drain_s=drain_seconds), Metrics()
+    cores = threads or len(os.sched_getaffinity(0))
+    limits, metrics = Limits(requests=max_requests, threads=cores, drain_s=drain_seconds), Metrics()
     shelf = Shelf([Pack(folder) for folder in packs], metrics)
     listener = listener_of(listen)
     shelf.open(capacity_within(memory, shelf, limits))

@@ -11,13 +11,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from comoe.forms.plain import Floats
 from comoe.memory.cache import BlobCache
 from comoe.memory.prefetch import Prefetcher
 from comoe.plan.footprint import CHUNK_TOKENS
 from comoe.plan.ledger import Ledger
 from comoe.plan.missrule import MissRule
 from comoe.plan.planner import Plan
-from comoe.runtime.experts import Floats, SiteMath
+from comoe.runtime.experts import SiteMath
 from comoe.store.manifest import Manifest
 from comoe.types import BlobId, ExpertId
 

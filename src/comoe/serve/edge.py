@@ -1,4 +1,4 @@
-"""The edge node as an ASGI application: packs' files, hot experts, health and metrics.
+"""The edge node as an ASGI application: packs' files, runs of experts, hot experts, health and metrics.
 
 What a device may ask for is docs/network.md. Sockets, TLS and signals are `serve.listen`'s.
 """
@@ -6,6 +6,7 @@ What a device may ask for is docs/network.md. Sockets, TLS and signals are `serv
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
+from time import perf_counter
 from typing import Annotated, Any
 
 import msgspec
@@ -16,12 +17,16 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from comoe.forms.plain import Floats
+from comoe.net.wire import RunAnswer, RunRequest, decode_request, encode_answer
+from comoe.serve.batch import Batcher
+from comoe.serve.expertruns import ExpertRuns, Key, same_pack
 from comoe.serve.gate import Gate, refusal
 from comoe.serve.limits import Limits
 from comoe.serve.metrics import Metrics
-from comoe.serve.sending import FileAnswer
+from comoe.serve.sending import BINARY, FileAnswer
 from comoe.serve.shelf import Served, Shelf
-from comoe.types import ExpertId
+from comoe.types import ExpertId, HostileMessage, PackError
 
 READERS = 8
 SENTENCES = {
@@ -44,9 +49,13 @@ class EdgeNode:
     def __init__(self, shelf: Shelf, token: str | None, limits: Limits, metrics: Metrics) -> None:
         self.shelf, self.limits, self.metrics = shelf, limits, metrics
         self._readers = ThreadPoolExecutor(READERS, "comoe-read")
+        self._runs = ExpertRuns(shelf, metrics)
+        self._batcher = Batcher(self._runs.run, limits.threads, limits.window_s)
+        metrics.gauge("comoe_num_requests_waiting", "Runs that wait for a thread", lambda: self._batcher.queue)
         routes = [
             Route("/health", self._health),
             Route("/metrics", self._metrics),
+            Route("/packs/{name}/run", self._run, methods=["POST"]),
             Route("/packs/{name}/hot", self._hot, methods=["POST"]),
             Route("/packs/{name}/{file}", self._file, methods=["GET", "HEAD"]),
         ]
@@ -58,13 +67,14 @@ class EdgeNode:
         return self.gate
 
     def close(self) -> None:
+        self._batcher.close()
         self._readers.shutdown()
         self.shelf.close()
 
     async def _health(self, request: Request) -> Response:
         packs = {name: served.identity for name, served in self.shelf.packs.items()}
         status = "draining" if self.gate.draining else "ok"
-        return JSONResponse({"status": status, "packs": packs, "load": self.gate.load, "queue": 0})
+        return JSONResponse({"status": status, "packs": packs, "load": self.gate.load, "queue": self._batcher.queue})
 
     async def _metrics(self, request: Request) -> Response:
         return Response(self.metrics.text(), media_type=CONTENT_TYPE_LATEST)
@@ -88,6 +98,33 @@ class EdgeNode:
         self.shelf.warm(served, groups)
         self.metrics.hot.inc(len(groups))
         return JSONResponse({"accepted": len(groups)}, 202)
+
+    async def _run(self, request: Request) -> Response:
+        served, name = self._served(request), request.path_params["name"]
+        with self._batcher.arriving():
+            body = await read_body(request, self.limits)
+        began_s = perf_counter()
+        try:
+            asked = decode_request(body)
+            key = Key(name, asked.layer, asked.activation, asked.gated)
+            self._runs.check(key, asked)
+        except HostileMessage as error:
+            self.gate.refused("malformed")
+            raise HTTPException(400, str(error)) from error
+        if not same_pack(served, asked):
+            raise HTTPException(409, f"the pack {name!r} here is another one: /health says which.")
+        y = await self._outputs(key, asked)
+        answer = RunAnswer(asked.dtype, y, perf_counter() - began_s)
+        return Response(encode_answer(answer), media_type=BINARY)
+
+    async def _outputs(self, key: Key, asked: RunRequest) -> Floats:
+        try:
+            async with asyncio.timeout(self.limits.run_s):
+                return await self._batcher.outputs(key, asked)
+        except TimeoutError as error:
+            raise HTTPException(503, f"experts were not there within {self.limits.run_s:g} seconds.") from error
+        except PackError as error:
+            raise HTTPException(500, str(error)) from error
 
     def _served(self, request: Request) -> Served:
         name = request.path_params["name"]

@@ -17,7 +17,7 @@ FIXED_BYTES = 32 << 20
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """`requests` and `connections` at once; times in seconds.
+    """`requests` and `connections` at once; experts run in `threads`; times in seconds.
 
     `head_s` from a connection's first byte to the end of a request's head, `body_s` for a body, `stall_s` for a reader
     that takes nothing, `idle_s` between requests, `run_s` for an answer of experts, `drain_s` for what runs when the
@@ -26,6 +26,7 @@ class Limits:
 
     requests: int = 64
     connections: int = 4096
+    threads: int = 1
     head_bytes: int = 16 << 10
     body_bytes: int = 1 << 20
     head_s: float = 10.0
