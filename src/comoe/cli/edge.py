@@ -6,19 +6,19 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Option
 
-from comoe.cli.options import Threads
+from comoe.cli.options import Threads, TokenFile
 from comoe.cli.terminal import say
 from comoe.device import process
 from comoe.device.memory import check_possible, default_memory
+from comoe.net.remote_run import read_token
 from comoe.store.pack import Pack
-from comoe.types import DoesNotFit, UsageError
+from comoe.types import DoesNotFit
 from comoe.units import format_size, parse_size
 
 if TYPE_CHECKING:
     from comoe.serve.limits import Limits
     from comoe.serve.shelf import Shelf
 
-MIN_TOKEN_CHARS = 16
 LOCAL = ("127.", "localhost:", "[::1]")
 
 
@@ -31,10 +31,7 @@ def command(
         str | None,
         Option(envvar="COMOE_MEMORY", metavar="SIZE", help="Memory of the whole process: 4GiB. Experts get the rest."),
     ] = None,
-    token_file: Annotated[
-        Path | None,
-        Option(envvar="COMOE_TOKEN_FILE", metavar="FILE", help="Serve those only who know the token in this file."),
-    ] = None,
+    token_file: TokenFile = None,
     cert: Annotated[
         Path | None, Option(envvar="COMOE_CERT", metavar="FILE", help="TLS: the certificate chain, PEM.")
     ] = None,
@@ -76,17 +73,6 @@ def command(
         EdgeServer(node, listener, tls, lambda: say(f"Serving {', '.join(shelf.packs)} on {place}")).run()
     finally:
         node.close()
-
-
-def read_token(path: Path) -> str:
-    """The token in a file, without white space around it. Raises UsageError where there is none."""
-    try:
-        token = path.read_text("ascii").strip()
-    except (OSError, UnicodeError) as error:
-        raise UsageError(f"{path}: no token can be read from it: {error}.") from error
-    if len(token) < MIN_TOKEN_CHARS or not token.isprintable() or " " in token:
-        raise UsageError(f"{path}: a token has at least {MIN_TOKEN_CHARS} characters, and no spaces in it.")
-    return token
 
 
 def capacity_within(memory: str | None, shelf: "Shelf", limits: "Limits") -> int:

@@ -73,6 +73,11 @@ PolicyName = Annotated[
     str, Option(envvar="COMOE_POLICY", metavar="lru|lfu|gdsf", help="Which experts leave the cache first.")
 ]
 
+TokenFile = Annotated[
+    Path | None,
+    Option(envvar="COMOE_TOKEN_FILE", metavar="FILE", help="A file with the token that edge nodes ask for."),
+]
+
 
 class Wish(NamedTuple):
     """How much memory, and which loss, as flags ask for them; `max_loss` is a fraction."""

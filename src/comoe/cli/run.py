@@ -22,6 +22,7 @@ from comoe.cli.options import (
     Seed,
     Source,
     Threads,
+    TokenFile,
     Wish,
     switch,
     wish,
@@ -71,8 +72,10 @@ def command(
     threads: Threads = None,
     source: Source = None,
     edge: Annotated[
-        list[str] | None, Option(envvar="COMOE_EDGE", metavar="URL...", help="Edge nodes to read from.")
+        list[str] | None,
+        Option(envvar="COMOE_EDGE", metavar="URL...", help="Edge nodes that serve this pack: they run what misses."),
     ] = None,
+    token_file: TokenFile = None,
     profile: ProfilePath = None,
     policy: PolicyName = POLICY,
     prefetch: Annotated[
@@ -121,7 +124,7 @@ def command(
         check_place(decisions)
     how = {"policy": policy, "prefetch": prefetch, "live": live, "deterministic": deterministic}
     options: dict[str, Any] = {"dtype": dtype, "threads": threads, "source": source, "profile": known, **how}
-    options["routing_bias"] = routing_bias
+    options |= {"routing_bias": routing_bias, "token_file": token_file}
     session.load(given, context, edges=tuple(edge or ()), log=decisions is not None, replay=replay, **options)
     with session.model.comoe, _profiled(session, profile), _logged(session, decisions):
         if given is None:
@@ -187,6 +190,7 @@ class Session:
             "ms_per_token": answer.ms_per_token,
             "framework_ms_per_token": answer.framework_ms_per_token,
             **{key: stats[key] for key in ("hit_rate", "floor_rate", "bytes_read")},
+            **{key: stats[key] for key in ("edge_runs", "edge_failures", "edge_bytes")},
             **{key: stats[key] for key in ("prefetching", "prefetched_bytes", "prefetch_wasted_bytes")},
             "expert_memory_bytes": stats["resident_bytes"],
             **{key: stats[key] for key in ("peak_bytes", "beside_experts_bytes", "yielded_bytes")},

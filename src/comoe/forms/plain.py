@@ -57,7 +57,7 @@ class PlainMath:
     def __init__(self, site: Site, activation: str, gated: bool, activated: Activated | None = None) -> None:
         if not is_plain(site, gated):
             raise ValueError(f"experts of {site.name} are not two linears around an activation")
-        self.site, self._activation, self._gated = site, activation, gated
+        self.site, self.activation, self.gated = site, activation, gated
         self._activated = activated or numpy_activated
         self._layouts = part_layouts(site)
 
@@ -70,9 +70,9 @@ class PlainMath:
         if len(terms) == 1 and native.available():
             out = np.empty((len(x), down.rows), np.float32)
             planes = (self._matrix(up, terms[0]), self._matrix(down, terms[0]))
-            native.expert(*planes, self._activation, self._gated, x, out)
+            native.expert(*planes, self.activation, self.gated, x, out)
             return out
-        hidden = self._activated(self._linear(up, terms, x), self._activation, self._gated)
+        hidden = self._activated(self._linear(up, terms, x), self.activation, self.gated)
         return self._linear(down, terms, np.ascontiguousarray(hidden))
 
     def _linear(self, leaf: Leaf, terms: Sequence[Term], x: Floats) -> Floats:

@@ -25,6 +25,7 @@ from comoe.store.manifest import MANIFEST
 from comoe.types import HostileMessage, RemoteUnavailable, UsageError
 
 CONNECT_S = 5.0
+MIN_TOKEN_CHARS = 16
 MAX_HEALTH_BYTES = 1 << 20
 STALE = (http.client.RemoteDisconnected, BrokenPipeError, ConnectionResetError)
 """What a connection that its node closed meanwhile says when it is used again."""
@@ -44,10 +45,11 @@ class Node:
 
 
 class Timed(NamedTuple):
-    """An answer, and the seconds of its exchange."""
+    """An answer, the seconds of its exchange, and the bytes of both messages."""
 
     answer: RunAnswer
     seconds: float
+    nbytes: int
 
 
 class RemoteRun:
@@ -64,6 +66,10 @@ class RemoteRun:
         self._path = ""
 
     @property
+    def url(self) -> str:
+        return self._node.url
+
+    @property
     def identity(self) -> bytes:
         """What requests name the pack by."""
         return bytes.fromhex(self._hash)[:IDENTITY_BYTES]
@@ -75,13 +81,14 @@ class RemoteRun:
         body = encode_request(request)
         start_s = self._clock()
         data = self._exchange("POST", self._path, body, 2 * MAX_BYTES)
+        seconds = self._clock() - start_s
         try:
             answer = decode_answer(data)
         except HostileMessage as error:
             raise RemoteUnavailable(f"{self._node.url} gave no answer of experts: {error}") from error
         if answer.y.shape != (len(request.uses), request.x.shape[1]):
             raise RemoteUnavailable(f"{self._node.url} answered something else than was asked.")
-        return Timed(answer, self._clock() - start_s)
+        return Timed(answer, seconds, len(body) + len(data))
 
     def health(self) -> dict[str, Any]:
         """What the node says of itself."""
@@ -151,6 +158,17 @@ class RemoteRun:
 def manifest_hash(folder: Path) -> str:
     """What an edge node tells packs apart by."""
     return sha256((folder / MANIFEST).read_bytes()).hexdigest()
+
+
+def read_token(path: Path) -> str:
+    """The token in a file, without white space around it. Raises UsageError where there is none."""
+    try:
+        token = path.read_text("ascii").strip()
+    except (OSError, UnicodeError) as error:
+        raise UsageError(f"{path}: no token can be read from it: {error}.") from error
+    if len(token) < MIN_TOKEN_CHARS or not token.isprintable() or " " in token:
+        raise UsageError(f"{path}: a token has at least {MIN_TOKEN_CHARS} characters, and no spaces in it.")
+    return token
 
 
 def _is_node(parts: SplitResult) -> bool:
