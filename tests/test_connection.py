@@ -24,7 +24,7 @@ from comoe.store.manifest import MANIFEST
 from comoe.store.pack import Pack
 
 HALF_OPEN = 1000
-FLAT_BYTES = 64 << 20
+FLAT_BYTES = 32 << 20
 """So much more memory a thousand connections may take."""
 
 LARGE_BYTES = 64 << 20

@@ -11,13 +11,16 @@ SLICE_BYTES = 512 << 10
 REQUEST_BYTES = 2 << 20
 """Memory that one request may take beside the cache: its body, or two slices, and what is computed with it."""
 
+CONNECTION_BYTES = 64 << 10
+"""Memory of a connection without a request: with TLS it was measured to be 54 KiB, else 7."""
+
 FIXED_BYTES = 32 << 20
-"""What connections without a request and the libraries may take beside what the process has when it starts."""
+"""What the libraries may take beside what the process has when it starts."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """`requests` and `connections` at once; experts run in `threads`; times in seconds.
+    """`requests`, `connections` and unfinished TLS `handshakes` at once; experts run in `threads`; times in seconds.
 
     `head_s` from a connection's first byte to the end of a request's head, `body_s` for a body, `stall_s` for a reader
     that takes nothing, `idle_s` between requests, `run_s` for an answer of experts, `drain_s` for what runs when the
@@ -25,7 +28,8 @@ class Limits:
     """
 
     requests: int = 64
-    connections: int = 4096
+    connections: int = 1024
+    handshakes: int = 256
     threads: int = 1
     head_bytes: int = 16 << 10
     body_bytes: int = 1 << 20
@@ -40,4 +44,5 @@ class Limits:
     @property
     def beside_bytes(self) -> int:
         """Memory to keep free beside the cache."""
-        return FIXED_BYTES + self.requests * REQUEST_BYTES
+        waiting = (self.connections + self.handshakes) * CONNECTION_BYTES
+        return FIXED_BYTES + waiting + self.requests * REQUEST_BYTES

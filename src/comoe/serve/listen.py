@@ -6,6 +6,7 @@ import resource
 import socket
 import ssl
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from comoe.serve.edge import EdgeNode
 from comoe.types import UsageError
 
 BACKLOG = 1024
+ACCEPT_AGAIN_S = 0.05
 FILES_BESIDE = 128
 """Open files that are no connections."""
 
@@ -44,6 +46,7 @@ class EdgeServer(uvicorn.Server):
         )
         self._node, self._listener, self._tls, self._ready = node, listener, tls, ready
         self._drain_until_s = float("inf")
+        listener.setblocking(False)
 
     async def startup(self, sockets: Sequence[socket.socket] | None = None) -> None:
         await self.lifespan.startup()
@@ -55,14 +58,41 @@ class EdgeServer(uvicorn.Server):
             server_state=self.server_state,
             app_state=self.lifespan.state,
         )
-        loop = asyncio.get_running_loop()
-        timeout = limits.head_s if self._tls is not None else None
-        server = await loop.create_server(
-            make, sock=self._listener, ssl=self._tls, backlog=BACKLOG, ssl_handshake_timeout=timeout
-        )
-        self.servers = [server]
+        self._door = asyncio.create_task(self._accept(make))
+        self.servers = []  # uvicorn's own, of which there are none
         self.started = True
         self._ready()
+
+    async def shutdown(self, sockets: Sequence[socket.socket] | None = None) -> None:
+        self._door.cancel()
+        self._listener.close()
+        await super().shutdown()
+
+    async def _accept(self, make: Callable[[], Connection]) -> None:
+        """Take connections in; of too many that are not made yet, the one that takes longest makes room."""
+        loop = asyncio.get_running_loop()
+        making: dict[asyncio.Task[None], None] = {}
+        while True:
+            try:
+                connection, _ = await loop.sock_accept(self._listener)
+            except OSError:  # gone before it was taken in, or no more files
+                await asyncio.sleep(ACCEPT_AGAIN_S)
+                continue
+            if len(making) >= self._node.limits.handshakes:
+                self._node.gate.refused("handshakes")
+                oldest = next(iter(making))
+                oldest.cancel()
+                making.pop(oldest)
+            task = asyncio.create_task(self._make(make, connection))
+            making[task] = None
+            task.add_done_callback(lambda done: making.pop(done, None))
+
+    async def _make(self, make: Callable[[], Connection], connection: socket.socket) -> None:
+        """One connection, with its handshake."""
+        loop, tls = asyncio.get_running_loop(), self._tls
+        timeout = self._node.limits.head_s if tls is not None else None
+        with suppress(OSError):  # of TLS too; asyncio closes what it does not finish
+            await loop.connect_accepted_socket(make, connection, ssl=tls, ssl_handshake_timeout=timeout)
 
     async def on_tick(self, counter: int) -> bool:
         """Whether to stop: told so, and nothing runs any more or it has had its time."""
