@@ -136,7 +136,8 @@ class RemoteRun:
         data = response.read(most + 1)
         if response.status == 200 and len(data) <= most:
             return data
-        self.close()
+        if not response.isclosed():  # more than any answer
+            self.close()
         if response.status in (401, 403):
             raise UsageError(f"{self._node.url} does not know this token: give the file of its token as --token-file.")
         raise RemoteUnavailable(f"{self._node.url} refuses ({response.status}): {_sentence(data)}")

@@ -14,9 +14,9 @@ from comoe.plan.ledger import Ledger
 from comoe.plan.planner import Plan
 from comoe.plan.snapshot import Snapshot
 from comoe.runtime.choices import Choices
+from comoe.runtime.edgetier import RemoteCounts
 from comoe.runtime.layer import Counts, Serving, Use
 from comoe.runtime.live import Live
-from comoe.runtime.remote import RemoteCounts
 from comoe.runtime.seen import nothing, profile_between
 from comoe.store.pack import Pack
 from comoe.store.profile import Profile

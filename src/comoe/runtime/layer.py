@@ -19,8 +19,8 @@ from comoe.plan.footprint import CHUNK_TOKENS
 from comoe.plan.ledger import Ledger
 from comoe.plan.missrule import MissRule
 from comoe.plan.planner import Plan
+from comoe.runtime.edgetier import RemoteTier, Sent, Wanted
 from comoe.runtime.experts import KERNEL_TOKENS, SiteMath
-from comoe.runtime.remote import RemoteTier, Sent, Wanted
 from comoe.store.manifest import Manifest
 from comoe.types import BlobId, ExpertId
 

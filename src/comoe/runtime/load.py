@@ -29,11 +29,11 @@ from comoe.plan.planner import Plan, Planner, uniform
 from comoe.runtime.bias import attach_bias
 from comoe.runtime.budget import FIRST_TOKENS, WarmUp, warm_up
 from comoe.runtime.choices import Choices, conditions
+from comoe.runtime.edgetier import RemoteTier, open_links
 from comoe.runtime.experts import TORCH_DTYPES, SiteMath
 from comoe.runtime.handle import Comoe, Promise
 from comoe.runtime.hook import attach
 from comoe.runtime.layer import ServedLayer, Serving
-from comoe.runtime.remote import RemoteTier, open_links
 from comoe.runtime.skeleton import load_skeleton
 from comoe.runtime.threads import use_threads
 from comoe.store.decisions import Decisions, read_decisions

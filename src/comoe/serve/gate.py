@@ -17,13 +17,15 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 OPEN_ROUTE = "health"
+AGAIN = 429
 ROUTES = ("health", "metrics", "files", "run", "hot")
 
 
 def refusal(status: int, sentence: str, **headers: str) -> Response:
-    """One clear sentence as JSON; the connection ends with it, for a body may be left unread."""
+    """One clear sentence as JSON; the connection ends with it, but where the client shall try again on it."""
     named = {name.replace("_", "-"): value for name, value in headers.items()}
-    return JSONResponse({"error": sentence}, status, {**named, "connection": "close"})
+    ending = {} if status == AGAIN else {"connection": "close"}
+    return JSONResponse({"error": sentence}, status, {**named, **ending})
 
 
 def route_of(path: str) -> str:
@@ -91,7 +93,7 @@ class Gate:
         if self.running >= self._limits.requests and route_of(scope["path"]) != "metrics":
             self.refused("full")
             sentence = f"{self.running} requests are at work, the most there may be: try again later."
-            return refusal(429, sentence, retry_after=str(RETRY_AFTER_S))
+            return refusal(AGAIN, sentence, retry_after=str(RETRY_AFTER_S))
         return None
 
     def refused(self, reason: str) -> None:
