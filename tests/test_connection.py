@@ -47,7 +47,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def node_of(toy: Path, limits: Limits) -> Iterator[tuple[EdgeNode, int]]:
     """A node in a thread of this process, and its port."""
     metrics = Metrics()
-    shelf = Shelf([Pack(toy)], metrics)
+    shelf = Shelf({toy.name: Pack(toy)}, metrics)
     shelf.open(1 << 20)
     node, listener, ready = EdgeNode(shelf, None, limits, metrics), listener_of("127.0.0.1:0"), threading.Event()
     port = listener.getsockname()[1]

@@ -43,7 +43,9 @@ def test_every_file_of_a_pack_is_served_as_it_is(edge: Edge, toy: Path) -> None:
         assert answer.headers["etag"].strip('"') in (path.stem.rpartition("-")[2], sha256(answer.body).hexdigest())
 
 
-@pytest.mark.parametrize("span", [(0, 1), (0, 4096), (4000, 4200), (4096, 4096 + 1792), (4100, 9000), (5887, 5889)])
+@pytest.mark.parametrize(
+    "span", [(0, 1), (0, 4096), (4000, 4200), (4096, 4096 + 1792), (4100, 9000), (5887, 5889), (0, 11264)]
+)
 def test_a_range_is_those_bytes_whatever_it_cuts(edge: Edge, toy: Path, span: tuple[int, int]) -> None:
     path = blob_file(toy)
     whole = path.read_bytes()
@@ -267,3 +269,34 @@ def test_a_short_token_and_two_packs_of_one_name_are_refused(comoe: Comoe, toy: 
     assert "at least 16" in comoe("edge", toy, "--token-file", tmp_path / "token").sentence
     shutil.copytree(toy, tmp_path / "other" / PACK)
     assert "same name" in comoe("edge", toy, tmp_path / "other" / PACK).sentence
+
+
+def test_a_pack_that_is_published_elsewhere_is_read_through_once_and_kept_on_flash(toy: Path, tmp_path: Path) -> None:
+    with running(toy) as origin:
+        url = f"{origin.url}/packs/{PACK}"
+        with running(url, "--cache", tmp_path / "cache") as node:
+            for path in toy.iterdir():
+                assert node.file(PACK, path.name).body == path.read_bytes()
+            moved = node.metric("comoe_expert_bytes_total", tier="origin")
+            assert moved == sum(toy_blobs(toy)) and node.metric("comoe_expert_bytes_total", tier="flash") == 0
+        with running(url, "--cache", tmp_path / "cache") as node:
+            assert node.file(PACK, blob_file(toy).name).body == blob_file(toy).read_bytes()
+            assert node.metric("comoe_expert_requests_total", result="hit", tier="flash") == 4
+            assert node.metric("comoe_expert_bytes_total", tier="origin") == 0
+
+
+def test_what_the_origin_does_not_give_is_said_and_the_rest_is_served(toy: Path, tmp_path: Path) -> None:
+    with running(toy) as origin, running(f"{origin.url}/packs/{PACK}", "--cache", tmp_path / "cache") as node:
+        first, second = blob_file(toy), blob_file(toy, 1)
+        assert node.file(PACK, first.name).status == 200
+        origin.process.kill()
+        origin.process.wait()
+        answer = node.file(PACK, second.name, range="bytes=4096-4999")
+        assert answer.status == 502 and answer.sentence
+        assert node.file(PACK, first.name).body == first.read_bytes()
+
+
+def toy_blobs(folder: Path) -> list[int]:
+    """Bytes of every blob."""
+    manifest = read_manifest(folder)
+    return [part.nbytes for layer in manifest.layers for part in layer.parts.values() for _ in range(part.rows)]

@@ -29,7 +29,7 @@ from comoe.cli.verify import command as verify
 from comoe.types import ComoeError
 
 EXTRAS = {
-    **dict.fromkeys(("torch", "transformers", "safetensors", "scipy"), "run"),
+    **dict.fromkeys(("torch", "transformers", "safetensors", "scipy", "obstore"), "run"),
     **dict.fromkeys(("starlette", "uvicorn", "httptools", "prometheus_client"), "edge"),
 }
 """Which of comoe's extras brings a package."""
@@ -77,7 +77,12 @@ def _print_version(wanted: bool) -> None:
 def begin(
     context: typer.Context,
     config: Annotated[
-        str | None, typer.Option(envvar="COMOE_CONFIG", metavar="FILE", help="Settings file instead of ./comoe.toml.")
+        str | None,
+        typer.Option(
+            envvar="COMOE_CONFIG",
+            metavar="FILE|PRESET",
+            help="Settings file instead of ./comoe.toml, or faithful, balanced, small, slow-reads.",
+        ),
     ] = None,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and stop.")

@@ -1,18 +1,20 @@
 """`comoe edge`: a node that serves packs to devices near it."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Option
 
-from comoe.cli.options import Threads, TokenFile
+from comoe.cli.options import CacheFolder, CacheSize, Threads, TokenFile
 from comoe.cli.terminal import say
 from comoe.device import process
 from comoe.device.memory import check_possible, default_memory
+from comoe.net.access import Access, is_url, open_pack
 from comoe.net.remote_run import read_token
 from comoe.store.pack import Pack
-from comoe.types import DoesNotFit
+from comoe.types import DoesNotFit, UsageError
 from comoe.units import format_size, parse_size
 
 if TYPE_CHECKING:
@@ -23,7 +25,12 @@ LOCAL = ("127.", "localhost:", "[::1]")
 
 
 def command(
-    packs: Annotated[list[Path], Argument(metavar="PACK...", help="Folders that `comoe pack` made.")],
+    packs: Annotated[
+        list[str],
+        Argument(
+            metavar="PACK...", help="Folders that `comoe pack` made, or where packs are published: http(s)://, s3://."
+        ),
+    ],
     listen: Annotated[
         str, Option(envvar="COMOE_LISTEN", metavar="HOST:PORT", help="Where to listen; port 0 takes a free one.")
     ] = "127.0.0.1:8600",
@@ -43,14 +50,18 @@ def command(
         float,
         Option(envvar="COMOE_DRAIN_SECONDS", min=0, metavar="S", help="On SIGTERM, let what runs have so long."),
     ] = 30.0,
+    cache: CacheFolder = None,
+    cache_size: CacheSize = None,
     threads: Threads = None,
 ) -> None:
     """Serve packs to devices: their files, and experts run for them.
 
     \b
     comoe edge qwen.comoe --listen 0.0.0.0:8600 --token-file token --cert cert.pem --key key.pem
+    comoe edge https://origin/qwen.comoe
 
-    It answers until it gets SIGTERM or Ctrl-C, and then finishes what runs. What it serves is docs/network.md.
+    What is published elsewhere is read through and kept on flash, with the token in COMOE_TOKEN. It answers until it
+    gets SIGTERM or Ctrl-C, and then finishes what runs. What it serves is docs/network.md.
     """
     from comoe.serve.edge import EdgeNode
     from comoe.serve.limits import Limits
@@ -61,8 +72,9 @@ def command(
     token, tls = read_token(token_file) if token_file else None, tls_of(cert, key)
     cores = threads or len(os.sched_getaffinity(0))
     limits, metrics = Limits(requests=max_requests, threads=cores, drain_s=drain_seconds), Metrics()
-    shelf = Shelf([Pack(folder) for folder in packs], metrics)
     listener = listener_of(listen)
+    nbytes = parse_size(cache_size) if cache_size is not None else None
+    shelf = Shelf(opened(packs, Access(cache, nbytes, os.environ.get("COMOE_TOKEN"))), metrics)
     shelf.open(capacity_within(memory, shelf, limits))
     node = EdgeNode(shelf, token, limits, metrics)
     host, port = listener.getsockname()[:2]
@@ -73,6 +85,14 @@ def command(
         EdgeServer(node, listener, tls, lambda: say(f"Serving {', '.join(shelf.packs)} on {place}")).run()
     finally:
         node.close()
+
+
+def opened(places: Sequence[str], access: Access) -> dict[str, Pack]:
+    """Packs by the names that devices ask for them by: those of their folders. UsageError where two have the same."""
+    names = [place.rstrip("/").rpartition("/")[2] if is_url(place) else Path(place).resolve().name for place in places]
+    if len({*names}) < len(names):
+        raise UsageError("two packs have the same name, by which devices ask for them: rename a folder.")
+    return {name: open_pack(place, access=access) for name, place in zip(names, places, strict=True)}
 
 
 def capacity_within(memory: str | None, shelf: "Shelf", limits: "Limits") -> int:

@@ -73,9 +73,27 @@ PolicyName = Annotated[
     str, Option(envvar="COMOE_POLICY", metavar="lru|lfu|gdsf", help="Which experts leave the cache first.")
 ]
 
+CacheFolder = Annotated[
+    Path | None,
+    Option(
+        envvar="COMOE_CACHE",
+        metavar="FOLDER",
+        help="Where experts from the network are kept; by default ~/.cache/comoe.",
+    ),
+]
+CacheSize = Annotated[
+    str | None,
+    Option(
+        envvar="COMOE_CACHE_SIZE",
+        metavar="SIZE",
+        help="What they may take there: 8GiB; by default that, or half of what is free.",
+    ),
+]
 TokenFile = Annotated[
     Path | None,
-    Option(envvar="COMOE_TOKEN_FILE", metavar="FILE", help="A file with the token that edge nodes ask for."),
+    Option(
+        envvar="COMOE_TOKEN_FILE", metavar="FILE", help="A bearer token for the network; or the variable COMOE_TOKEN."
+    ),
 ]
 
 

@@ -30,6 +30,8 @@ from comoe.cli.options import (
 from comoe.cli.profile import alone, check_place, keep, writing
 from comoe.cli.terminal import print_json, say
 from comoe.defaults import CONTEXT, MAX_NEW_TOKENS, POLICY, PREFETCH, ROUTING_BIAS, SEED, TEMPERATURE, TOP_K, TOP_P
+from comoe.net.access import Access
+from comoe.net.remote_run import read_token
 from comoe.store.decisions import write_decisions
 from comoe.store.manifest import read_manifest
 from comoe.store.profile import read_profile
@@ -124,7 +126,7 @@ def command(
         check_place(decisions)
     how = {"policy": policy, "prefetch": prefetch, "live": live, "deterministic": deterministic}
     options: dict[str, Any] = {"dtype": dtype, "threads": threads, "source": source, "profile": known, **how}
-    options |= {"routing_bias": routing_bias, "token_file": token_file}
+    options |= {"routing_bias": routing_bias, "access": Access(token=read_token(token_file)) if token_file else None}
     session.load(given, context, edges=tuple(edge or ()), log=decisions is not None, replay=replay, **options)
     with session.model.comoe, _profiled(session, profile), _logged(session, decisions):
         if given is None:

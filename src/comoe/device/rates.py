@@ -25,15 +25,16 @@ class TimedSource(Through):
         """Seconds that a byte takes, latency included, in recent reads; None before the first."""
         return self._recent
 
-    def read(self, blob: BlobId, into: memoryview) -> None:
+    def read(self, blob: BlobId, into: memoryview) -> str:
         start_s = self._clock()
-        self._source.read(blob, into)
+        tier = self._source.read(blob, into)
         seconds = self._clock() - start_s
         with self._lock:
             self._nbytes += self._source.nbytes(blob)
             self._seconds += seconds
             last = seconds / max(1, self._source.nbytes(blob))
             self._recent = last if self._recent is None else self._recent + RECENT * (last - self._recent)
+        return tier
 
     def take_bps(self) -> float | None:
         """The rate of one read since this was last asked; None where there was none."""

@@ -240,11 +240,11 @@ class BlobCache:
 
     def _read(self, blob: BlobId, buffer: Buffer) -> Exception | None:
         try:
-            self._source.read(blob, buffer.data)
+            tier = self._source.read(blob, buffer.data)
         except Exception as error:
             return error
         with self._changed:
             nbytes = self._source.nbytes(blob)
             self._stats.reads += 1
-            self._stats.bytes_read[self._source.tier] = self._stats.bytes_read.get(self._source.tier, 0) + nbytes
+            self._stats.bytes_read[tier] = self._stats.bytes_read.get(tier, 0) + nbytes
         return None

@@ -33,10 +33,11 @@ STALE = (http.client.RemoteDisconnected, BrokenPipeError, ConnectionResetError)
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """An edge node as a device knows it: where it is, and what lets it in."""
+    """An edge node as a device knows it: where it is, its token, and certificates to trust beside the system's, PEM."""
 
     url: str
     token: str | None = None
+    ca: bytes | None = None
     timeout_s: float = 2.0
 
     def __post_init__(self) -> None:
@@ -146,6 +147,8 @@ class RemoteRun:
         host, port = self._parts.hostname or "", self._parts.port
         if self._parts.scheme == "https":
             context = ssl.create_default_context()
+            if self._node.ca is not None:
+                context.load_verify_locations(cadata=self._node.ca.decode("ascii"))
             connection: http.client.HTTPConnection = http.client.HTTPSConnection(
                 host, port, timeout=CONNECT_S, context=context
             )

@@ -19,7 +19,8 @@ from comoe.memory.cache import BlobCache
 from comoe.memory.policy import POLICIES, Policy
 from comoe.memory.predict import Frequent, Learned, Predictor, Previous
 from comoe.memory.prefetch import PREFETCHES, Prefetcher
-from comoe.net.remote_run import Node, read_token
+from comoe.net.access import Access, open_pack
+from comoe.net.remote_run import Node
 from comoe.plan.cost import Costs
 from comoe.plan.footprint import FIRST_USE_FILE_BYTES, Workload, advised, beside_experts, dtype_of, unseen_bytes
 from comoe.plan.ladder import Band, Ladder, ladder_of
@@ -107,7 +108,7 @@ class Options:
 
 
 def load(
-    pack: str | Path,
+    pack: str | Path | Pack,
     memory: str | int | None = None,
     expert_memory: str | int | None = None,
     max_loss: float | str = 0.0,
@@ -125,9 +126,11 @@ def load(
     log: bool = False,
     replay: str | Path | None = None,
     routing_bias: float = ROUTING_BIAS,
-    token_file: str | Path | None = None,
+    access: Access | None = None,
 ) -> Any:
     """A transformers model whose experts are streamed from `pack` within a budget; `model.comoe` is its handle.
+
+    `pack` is a folder, an address (https://, s3://) or an open pack; `access` says how addresses are reached.
 
     `memory` bounds the whole process ("4GiB" or bytes), `expert_memory` the experts only (also "30%" of their bf16
     bytes); without either, four fifths of what is free. `max_loss` bounds the predicted relative increase of nats per
@@ -142,7 +145,7 @@ def load(
     `routing_bias`, in logits, lets decoding prefer experts that are in memory, as far as `max_loss` allows it; 0: off.
 
     `edges` are URLs of edge nodes that serve the same pack: they run experts that are not in memory, where that is
-    sooner done than reading them. `token_file` has the token that they ask for.
+    sooner done than reading them; `access` has their token, too.
 
     Raises DoesNotFit, before anything large is loaded, with the smallest budget that would do; PackError for a pack
     that cannot be used; UsageError for a budget or a profile that cannot be read; RemoteUnavailable where no edge node
@@ -151,14 +154,13 @@ def load(
     if memory is not None and expert_memory is not None:
         raise UsageError("give memory for the whole process or expert memory, not both.")
     moved_to = Path(source) if source else None
-    opened = Pack(Path(pack), source=moved_to)
+    opened = pack if isinstance(pack, Pack) else open_pack(pack, moved_to, access)
     refuse_idle_source(moved_to, opened.folder, opened.manifest)
     known = read_profile(Path(profile)) if profile else None
     given = memory is not None or expert_memory is not None
     follows = live if live is not None else not given
     logged = read_decisions(Path(replay)) if replay else None
-    token = read_token(Path(token_file)) if token_file else None
-    nodes = tuple(Node(url, token) for url in edges)
+    nodes = tuple(Node(url, access.token if access else None, access.ca if access else None) for url in edges)
     how = (policy, prefetch, follows, deterministic, log, logged, routing_bias, nodes)
     options = Options(parse_share(max_loss), context, dtype, threads, known, *how)
     loader = Loader(opened, options)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from comoe.forms.plain import Floats
 from comoe.net.wire import MAX_USES, RunRequest
 from comoe.serve.expertruns import Key
-from comoe.types import PackError
+from comoe.types import PackError, RemoteUnavailable
 
 Run = Callable[[Key, Sequence[RunRequest]], list[Floats]]
 
@@ -94,7 +94,7 @@ class Batcher:
         loop = asyncio.get_running_loop()
         try:
             found = await loop.run_in_executor(self._pool, self._run, key, [item.request for item in batch])
-        except PackError:
+        except (PackError, RemoteUnavailable):
             if len(batch) == 1:
                 raise
             for item in batch:
@@ -107,7 +107,7 @@ class Batcher:
     async def _alone(self, key: Key, item: Item) -> None:
         try:
             await self._settle(key, [item])
-        except PackError as error:
+        except (PackError, RemoteUnavailable) as error:
             if not item.outputs.done():
                 item.outputs.set_exception(error)
 

@@ -26,7 +26,7 @@ from comoe.serve.limits import Limits
 from comoe.serve.metrics import Metrics
 from comoe.serve.sending import BINARY, FileAnswer
 from comoe.serve.shelf import Served, Shelf
-from comoe.types import ExpertId, HostileMessage, PackError
+from comoe.types import ExpertId, HostileMessage, PackError, RemoteUnavailable
 
 READERS = 8
 SENTENCES = {
@@ -125,6 +125,8 @@ class EdgeNode:
             raise HTTPException(503, f"experts were not there within {self.limits.run_s:g} seconds.") from error
         except PackError as error:
             raise HTTPException(500, str(error)) from error
+        except RemoteUnavailable as error:
+            raise HTTPException(502, str(error)) from error
 
     def _served(self, request: Request) -> Served:
         name = request.path_params["name"]

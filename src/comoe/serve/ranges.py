@@ -22,18 +22,17 @@ class Span(NamedTuple):
 
 
 def parse_range(header: str | None, size: int) -> Span | None:
-    """The bytes that `header` asks for of a file of `size` bytes: all of them without one, or where it is no range.
+    """The bytes that `header` asks for of a file of `size` bytes; none of them where it asks for what lies outside.
 
-    None where the range lies outside the file.
+    None without a header, or where it is no range: then the whole file is sent.
     """
     match = re.fullmatch(r"bytes=(\d*)-(\d*)", header.strip(), re.ASCII) if header else None
     if match is None or not any(match.groups()) or max(map(len, match.groups())) > MAX_DIGITS:
-        return Span(0, size)
+        return None
     first, last = match.groups()
     if not first:
-        length = min(int(last), size)
-        return Span(size - length, size) if length else None
-    start, stop = int(first), min(int(last) + 1 if last else size, size)
+        return Span(max(0, size - int(last)), size)
     if last and int(last) < int(first):
-        return Span(0, size)
-    return Span(start, stop) if start < size else None
+        return None
+    start = min(int(first), size)
+    return Span(start, max(start, min(int(last) + 1, size) if last else size))

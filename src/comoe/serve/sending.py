@@ -10,7 +10,7 @@ from comoe.serve.gate import Receive, Scope, Send, refusal
 from comoe.serve.limits import SLICE_BYTES
 from comoe.serve.ranges import Span, parse_range
 from comoe.serve.shelf import Served, ServedFile, Shelf
-from comoe.types import PackError
+from comoe.types import PackError, RemoteUnavailable
 
 CONTENT_TYPES = {".json": "application/json"}
 BINARY = "application/octet-stream"
@@ -32,25 +32,28 @@ class FileAnswer:
         wanted = request.headers.get("range")
         if request.headers.get("if-range", etag) != etag:
             wanted = None
-        span = parse_range(wanted, file.nbytes)
-        if span is None:
+        partial = parse_range(wanted, file.nbytes)
+        span = partial or Span(0, file.nbytes)
+        if partial is not None and not partial.nbytes:
             answer = refusal(416, "the range is outside the file.", content_range=f"bytes */{file.nbytes}")
             await answer(scope, receive, send)
             return
-        partial = span.nbytes < file.nbytes
-        if partial:
+        if partial is not None:
             headers["content-range"] = f"bytes {span.start}-{span.stop - 1}/{file.nbytes}"
         headers["content-length"] = str(span.nbytes)
         headers["content-type"] = CONTENT_TYPES.get(file.path.suffix, BINARY)
-        await self._send(Response(status_code=206 if partial else 200, headers=headers), span, scope, receive, send)
+        await self._send(
+            Response(status_code=200 if partial is None else 206, headers=headers), span, scope, receive, send
+        )
 
     async def _send(self, head: Response, span: Span, scope: Scope, receive: Receive, send: Send) -> None:
         """The head, once the first slice is there: what cannot be read is an error and no broken answer."""
         slices = _slices(span) if scope["method"] == "GET" else []
         try:
             body = await self._read(slices[0]) if slices else b""
-        except PackError as error:
-            await refusal(500, str(error))(scope, receive, send)
+        except (PackError, RemoteUnavailable) as error:
+            status = 502 if isinstance(error, RemoteUnavailable) else 500
+            await refusal(status, str(error))(scope, receive, send)
             return
         await send({"type": "http.response.start", "status": head.status_code, "headers": head.raw_headers})
         gone = asyncio.ensure_future(_disconnected(receive))

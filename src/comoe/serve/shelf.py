@@ -5,7 +5,7 @@ bounds their memory and checks their hashes; other files are read from flash.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -17,10 +17,10 @@ from comoe.memory.policy import LFU
 from comoe.serve.joined import Joined
 from comoe.serve.metrics import Metrics
 from comoe.serve.ranges import Span
-from comoe.store.blobfile import BlobFile, read_header
+from comoe.store.blobfile import BlobFile
 from comoe.store.manifest import MANIFEST
 from comoe.store.pack import Pack
-from comoe.types import BlobId, CorruptBlob, UsageError
+from comoe.types import BlobId, CorruptBlob
 
 IO_THREADS = 2
 
@@ -30,12 +30,14 @@ class ServedFile:
     """A file of a pack: a blob file where it has a `header`, and then the blobs of `part` of `layer`.
 
     `etag` is the hash that the pack knows it by: the name's for blob files, SHA-256 for the manifest, else BLAKE3.
+    `head` is what a blob file has before its blobs.
     """
 
     path: Path
     nbytes: int
     etag: str
     header: BlobFile | None = None
+    head: bytes = b""
     layer: int = 0
     part: str = ""
 
@@ -53,11 +55,10 @@ class Served:
 class Shelf:
     """The packs of a node. Reads may come from any thread and wait for flash; each holds one pin at a time."""
 
-    def __init__(self, packs: Sequence[Pack], metrics: Metrics) -> None:
-        self.packs = {_name(pack.folder): _served(at, pack) for at, pack in enumerate(packs)}
-        if len(self.packs) < len(packs):
-            raise UsageError("two packs have the same name, by which devices ask for them: rename a folder.")
-        self._joined = Joined(packs, [len(pack.manifest.layers) for pack in packs])
+    def __init__(self, packs: Mapping[str, Pack], metrics: Metrics) -> None:
+        self.packs = {name: _served(at, pack) for at, (name, pack) in enumerate(packs.items())}
+        opened = [served.pack for served in self.packs.values()]
+        self._joined = Joined(opened, [len(pack.manifest.layers) for pack in opened], self._heard)
         self._metrics = metrics
         self._cache: BlobCache | None = None
 
@@ -80,13 +81,15 @@ class Shelf:
         return self._cache
 
     def read(self, served: Served, file: ServedFile, span: Span) -> bytearray:
-        """The bytes `span` of a file. Raises CorruptBlob where a blob is not what was packed."""
+        """The bytes `span` of a file. Raises CorruptBlob where a blob is not what was packed, RemoteUnavailable."""
         out = bytearray(span.nbytes)
-        head = span.nbytes if file.header is None else min(span.nbytes, max(0, file.header.data_start - span.start))
-        if head:
-            _read_file(file.path, span.start, memoryview(out)[:head])
-        if file.header is not None and head < span.nbytes:
-            self._read_rows(served, file, Span(span.start + head, span.stop), memoryview(out)[head:])
+        if file.header is None:
+            _read_file(file.path, span.start, memoryview(out))
+            return out
+        head = file.head[span.start : span.stop]
+        out[: len(head)] = head
+        if len(head) < span.nbytes:
+            self._read_rows(served, file, Span(span.start + len(head), span.stop), memoryview(out)[len(head) :])
         return out
 
     def warm(self, served: Served, groups: Sequence[tuple[BlobId, ...]]) -> None:
@@ -99,18 +102,25 @@ class Shelf:
 
     def count(self, group: tuple[BlobId, ...], seconds: float, *, hit: bool) -> None:
         """Count a use of blobs that came after `seconds`, from memory or not."""
-        tier, metrics = "ram" if hit else self._joined.tier, self._metrics
+        metrics = self._metrics
         metrics.expert_requests.labels("ram", "hit" if hit else "miss").inc()
-        if not hit:
-            metrics.expert_requests.labels(tier, "hit").inc()
-        metrics.expert_bytes.labels(tier).inc(sum(map(self._joined.nbytes, group)))
-        metrics.expert_fetch.labels(tier).observe(seconds)
+        if hit:
+            metrics.expert_bytes.labels("ram").inc(sum(map(self._joined.nbytes, group)))
+            metrics.expert_fetch.labels("ram").observe(seconds)
 
     def close(self) -> None:
         if self._cache is not None:
             self._cache.close()
         for served in self.packs.values():
             served.pack.close()
+
+    def _heard(self, tier: str, nbytes: int, seconds: float) -> None:
+        """Count a read of a blob that was not in memory."""
+        if tier not in ("flash", "ram"):
+            self._metrics.expert_requests.labels("flash", "miss").inc()
+        self._metrics.expert_requests.labels(tier, "hit").inc()
+        self._metrics.expert_bytes.labels(tier).inc(nbytes)
+        self._metrics.expert_fetch.labels(tier).observe(seconds)
 
     def _read_rows(self, served: Served, file: ServedFile, span: Span, out: memoryview) -> None:
         """Rows of a blob file; what lies between them is zero."""
@@ -133,10 +143,6 @@ class Shelf:
         self.count(group, perf_counter() - began_s, hit=hit)
 
 
-def _name(folder: Path) -> str:
-    return folder.resolve().name
-
-
 def _served(at: int, pack: Pack) -> Served:
     """A pack with all its files, checked. Raises CorruptBlob where one is not what was packed."""
     pack.check_files()
@@ -149,10 +155,10 @@ def _served(at: int, pack: Pack) -> Served:
     for layer, entry in enumerate(pack.manifest.layers):
         for part, found in entry.parts.items():
             if found.file is not None:
-                header = read_header(pack.folder / found.file)
+                header = pack.read_header(found.file)
                 size = header.data_start + header.rows * header.stride
                 etag = header.path.stem.rpartition("-")[2]
-                files[found.file] = ServedFile(header.path, size, etag, header, layer, part)
+                files[found.file] = ServedFile(header.path, size, etag, header, pack.head(found.file), layer, part)
     return Served(at, pack, identity, files)
 
 
