@@ -16,8 +16,9 @@ def offloading_lines(cache: Row, bias: Row, joint: Row) -> Iterator[str]:
     yield "## Offloading: who leaves, who is read ahead, who is preferred"
     yield ""
     yield "From [cache.json](../benchmarks/cache.json), [bias.json](../benchmarks/bias.json) and"
-    yield '[joint.json](../benchmarks/joint.json). "A read" is what reading an exact expert takes, over what a layer takes to'
-    yield "compute: about 1 for a fast NVMe disk, 4 for a slow one, 16 and more for cards and networks."
+    yield '[joint.json](../benchmarks/joint.json). "A read" is what'
+    yield "reading an exact expert takes, over what a layer takes"
+    yield "to compute: about 1 for a fast NVMe disk, 4 for a slow one, 16 and more for cards and networks."
     yield ""
     yield from _policies(cache)
     yield from _ahead(cache)
@@ -39,8 +40,9 @@ def _policies(cache: Row) -> Iterator[str]:
         found = {(row["model"], row["share"]): row["belady_share"] for row in rows if row["policy"] == policy}
         yield f"| {policy} | " + " | ".join(f"{found[cell]:.0%}" for cell in cells) + " |"
     yield ""
-    yield "LFU that forgets is best or nearly so in every cell, and the only one that survives a cache smaller than a token's"
-    yield "experts. None comes to 92 % of the future's hits alone: which experts a text will use is not in which it has used."
+    yield "LFU that forgets is best or nearly so in every cell, and the only one that survives a cache smaller than a"
+    yield "token's experts. None comes to 92 % of the future's hits"
+    yield "everywhere: what a text will use is not in what it used."
     yield ""
 
 
@@ -64,9 +66,10 @@ def _ahead(cache: Row) -> Iterator[str]:
         wasted = max(row["wasted_bytes"] / max(row["bytes_read"], 1) for row, _ in pairs)
         yield f"| {model} | {ratio:g} | {times} | {hits:.0%} | {wasted:.1%} | {_interval(live.get((model, ratio)))} |"
     yield ""
-    yield "It helps where a read takes less than a layer: there is time to hide it in. Where a read takes longer than a layer,"
-    yield "the disk is busy with misses anyway and decoding gains little; prompts, whose layers use sets of experts, gain most."
-    yield "The trial that switches it off costs a few tokens."
+    yield "It helps where a read takes less than a layer: there is time to hide it in. Where a read takes longer than a"
+    yield "layer, the disk is busy with misses anyway and decoding gains"
+    yield "little; prompts, whose layers use sets of experts,"
+    yield "gain most. The trial that switches it off costs a few tokens."
     yield ""
 
 
@@ -86,8 +89,9 @@ def _predictors(cache: Row) -> Iterator[str]:
     rows = [row for row in cache["rows"] if row["kind"] == "recall" and row["recall"]]
     yield "### Predictors"
     yield ""
-    yield "Of the experts that a layer uses, the share among as many that were held likeliest one layer before (among twice as"
-    yield "many): the mean of all layers, and the worst layer."
+    yield "Of the experts that a layer uses, the share among as many"
+    yield "that were held likeliest one layer before (among twice"
+    yield "as many): the mean of all layers, and the worst layer."
     yield ""
     yield "| | " + " | ".join(f"{row['model']}, mean | worst" for row in rows) + " |"
     yield "|---" * (2 * len(rows) + 1) + "|"
@@ -98,8 +102,8 @@ def _predictors(cache: Row) -> Iterator[str]:
             cells.append(f"{mean(one):.2f} ({mean(two):.2f}) | {min(one):.2f} ({min(two):.2f})")
         yield f"| {name} | " + " | ".join(cells) + " |"
     yield ""
-    yield "The learned map beats the next layer's own router on this layer's input, and both beat counting. The first layer"
-    yield "is told by the token before, which says little: it is the worst everywhere."
+    yield "The learned map beats the next layer's own router on this layer's input, and both beat counting. The first"
+    yield "layer is told by the token before, which says little."
     yield ""
 
 
@@ -107,8 +111,8 @@ def _bias(bias: Row) -> Iterator[str]:
     plain = bias["rows"][0]
     yield "### A routing bias"
     yield ""
-    yield f"qwen3moe-mini, exact experts in {bias['expert_share']:.0%} of their bytes, {bias['policy']}; the bound is the"
-    yield "answer's, which the ledger keeps with its own, higher estimate of the loss:"
+    yield f"qwen3moe-mini, exact experts in {bias['expert_share']:.0%} of their bytes, {bias['policy']}; the bound is"
+    yield "the answer's, which the ledger keeps with its own, higher estimate of the loss:"
     yield ""
     yield "| bias | bound | hits | read, over none | moved | loss | the ledger's |"
     yield "|---|---|---|---|---|---|---|"
@@ -119,8 +123,9 @@ def _bias(bias: Row) -> Iterator[str]:
             f"| {percent(row['moved_share'])} | {percent(row['mean'])} | {percent(row['ledger'])} |"
         )
     yield ""
-    yield "A mild bias is the best bargain of all that loses anything, for routers of several experts: swaps of near equals cost"
-    yield "next to nothing. Switch routes to one expert, whose second choice is no near equal: it is refused there."
+    yield "A mild bias is a good bargain for routers of several experts:"
+    yield "swaps of near equals cost next to nothing. Switch"
+    yield "routes to one expert, whose second choice is no near equal: a bias is refused there."
     yield ""
 
 
@@ -128,10 +133,13 @@ def _joint(joint: Row) -> Iterator[str]:
     yield "## Routing, forms and offloading together"
     yield ""
     ratio, over_all = joint["ratio_at_16"], joint["median_ratio"]
-    yield f"Deciding together takes {ratio:.2f} times as long per token as the best pair of a uniform form and an offloader, the"
-    yield f"median of both models and three rates in 16 % of the bytes ({over_all:.2f} of all {joint['cells']} cells); it is no"
-    yield f"slower in {joint['cells_no_worse']} of {joint['cells']}. At equal times its loss is {joint['loss_ratio_at_16']:.2f} of"
-    yield "the other's. Milliseconds per token on the virtual clock in 16 %, and what was lost of a bound of 0.5 %:"
+    no_worse, cells_all = joint["cells_no_worse"], joint["cells"]
+    yield f"Deciding together takes {ratio:.2f} times as long per token as the best pair of a uniform form and an"
+    yield "offloader, the median of both models and three rates in"
+    yield f"16 % of the bytes ({over_all:.2f} of all cells); it is"
+    yield f"no slower in {no_worse} of {cells_all}. At equal times its"
+    yield f"loss is {joint['loss_ratio_at_16']:.2f} of the other's."
+    yield "Milliseconds per token on the virtual clock in 16 %, and what was lost of a bound of 0.5 %:"
     yield ""
     cells = [row for row in joint["rows"] if row["kind"] == "cell" and row["share"] == SHARE]
     yield "| | " + " | ".join(f"{row['model']}, read {row['ratio']:g}" for row in cells) + " |"

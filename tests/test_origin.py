@@ -7,7 +7,6 @@ import pytest
 from webs import serving
 
 from comoe.net import origin
-from comoe.net.access import is_url
 from comoe.net.origin import Origin
 from comoe.types import PackError, RemoteUnavailable, UsageError
 
@@ -123,8 +122,3 @@ def test_no_more_than_the_rate_comes(folder: Path) -> None:
 def test_what_is_no_address_is_refused(url: str) -> None:
     with pytest.raises(UsageError, match="is no address of a pack"):
         Origin(url)
-
-
-def test_urls_are_told_from_folders() -> None:
-    assert is_url("http://host/pack") and is_url("s3://bucket/pack")
-    assert not is_url("./pack") and not is_url("C:\\pack") and not is_url("httpish/pack")

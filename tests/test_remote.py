@@ -12,8 +12,6 @@ from webs import Web, serving
 
 from comoe.net import origin
 from comoe.net.access import Access, open_pack
-from comoe.net.flash import FlashCache
-from comoe.net.origin import Origin
 from comoe.net.remote import RemotePack, mirror_name
 from comoe.store.pack import Pack
 from comoe.store.source import Source
@@ -32,7 +30,7 @@ def web(published: Path) -> Iterator[Web]:
 
 
 def opened(web: Web, tmp_path: Path, capacity: int = 1 << 30) -> RemotePack:
-    return RemotePack(Origin(web.url), FlashCache(tmp_path / "cache", capacity))
+    return RemotePack(web.url, Access(tmp_path / "cache", capacity))
 
 
 class TestRemotePack(SourceContract):

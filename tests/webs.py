@@ -12,7 +12,8 @@ from typing import Any
 class Web(ThreadingHTTPServer):
     """Serves `folder`; `asked` has every (path, range).
 
-    It answers so often with half a body (`cut`), with 503 (`fail`), with 429 (`busy`).
+    It answers so often with half a body (`cut`), with 503 (`fail`), with 429 (`busy`); after so many requests
+    (`leave_after`) not at all.
     """
 
     daemon_threads = True
@@ -22,6 +23,7 @@ class Web(ThreadingHTTPServer):
         self.asked: list[tuple[str, str | None]] = []
         self.cut = self.fail = self.busy = 0
         self.sent = 0
+        self.leave_after: int | None = None
         super().__init__(("127.0.0.1", 0), _Handler)
 
     @property
@@ -42,6 +44,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, *, body: bool) -> None:
         web = self.server
         web.asked.append((self.path, self.headers.get("Range")))
+        if web.leave_after is not None and len(web.asked) > web.leave_after:
+            self.close_connection = True
+            return None
         if web.token and self.headers.get("Authorization") != f"Bearer {web.token}":
             return self._status(401)
         if web.fail:

@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from comoe.cli.bench import command as bench
+from comoe.cli.cache import app as cache
 from comoe.cli.command import Command
 from comoe.cli.config import defaults_of
 from comoe.cli.demo import command as demo
@@ -63,6 +64,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
 for name, command in COMMANDS.items():
     app.command(name, cls=Command)(command)
 app.add_typer(profile, name="profile")
+app.add_typer(cache, name="cache")
 
 
 def _print_version(wanted: bool) -> None:

@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Option
 
-from comoe.cli.options import CacheFolder, CacheSize, Threads, TokenFile
+from comoe.cli.options import CacheFolder, CacheSize, Threads, TokenFile, access
 from comoe.cli.terminal import say
 from comoe.device import process
 from comoe.device.memory import check_possible, default_memory
 from comoe.net.access import Access, is_url, open_pack
-from comoe.net.remote_run import read_token
 from comoe.store.pack import Pack
 from comoe.types import DoesNotFit, UsageError
 from comoe.units import format_size, parse_size
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
     from comoe.serve.limits import Limits
     from comoe.serve.shelf import Shelf
 
+MIN_TOKEN_CHARS = 16
 LOCAL = ("127.", "localhost:", "[::1]")
 
 
@@ -73,8 +73,7 @@ def command(
     cores = threads or len(os.sched_getaffinity(0))
     limits, metrics = Limits(requests=max_requests, threads=cores, drain_s=drain_seconds), Metrics()
     listener = listener_of(listen)
-    nbytes = parse_size(cache_size) if cache_size is not None else None
-    shelf = Shelf(opened(packs, Access(cache, nbytes, os.environ.get("COMOE_TOKEN"))), metrics)
+    shelf = Shelf(opened(packs, access(cache, cache_size, None, None)), metrics)
     shelf.open(capacity_within(memory, shelf, limits))
     node = EdgeNode(shelf, token, limits, metrics)
     host, port = listener.getsockname()[:2]
@@ -87,12 +86,23 @@ def command(
         node.close()
 
 
-def opened(places: Sequence[str], access: Access) -> dict[str, Pack]:
+def opened(places: Sequence[str], reach: Access) -> dict[str, Pack]:
     """Packs by the names that devices ask for them by: those of their folders. UsageError where two have the same."""
     names = [place.rstrip("/").rpartition("/")[2] if is_url(place) else Path(place).resolve().name for place in places]
     if len({*names}) < len(names):
         raise UsageError("two packs have the same name, by which devices ask for them: rename a folder.")
-    return {name: open_pack(place, access=access) for name, place in zip(names, places, strict=True)}
+    return {name: open_pack(place, access=reach) for name, place in zip(names, places, strict=True)}
+
+
+def read_token(path: Path) -> str:
+    """The token in a file, without white space around it. Raises UsageError where there is none."""
+    try:
+        token = path.read_text("ascii").strip()
+    except (OSError, UnicodeError) as error:
+        raise UsageError(f"{path}: no token can be read from it: {error}.") from error
+    if len(token) < MIN_TOKEN_CHARS or not token.isprintable() or " " in token:
+        raise UsageError(f"{path}: a token has at least {MIN_TOKEN_CHARS} characters, and no spaces in it.")
+    return token
 
 
 def capacity_within(memory: str | None, shelf: "Shelf", limits: "Limits") -> int:

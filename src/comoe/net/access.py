@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from comoe.store.manifest import Manifest
 from comoe.store.pack import Pack
 
 if TYPE_CHECKING:
@@ -36,11 +37,30 @@ class Access(NamedTuple):
 
         return Origin(url, token=self.token, ca=self.ca, bps=self.link[0] if self.link else None)
 
+    def reading(self, url: str, manifest: Manifest) -> tuple[float, float]:
+        """Bytes per second and seconds of round trip of the link to the pack at `url`: as said, or measured now."""
+        files = (part.file for layer in manifest.layers for part in layer.parts.values() if part.file)
+        return self.link or self.origin(url).measured(next(files))
+
     def flash(self) -> "FlashCache":
         """The cache on flash."""
         from comoe.net.flash import FlashCache, default_folder
 
         return FlashCache(self.cache or default_folder(), self.cache_bytes)
+
+
+def described(url: str, access: Access) -> Path:
+    """A folder with the manifest and the small files of the pack at `url`: what planning and a tokenizer need.
+
+    Without a link it is as it was seen last. Raises RemoteUnavailable, PackError, UsageError.
+    """
+    from comoe.net.remote import describe
+
+    cache = access.flash()
+    try:
+        return describe(access.origin(url), cache)
+    finally:
+        cache.close()
 
 
 def open_pack(where: str | Path, source: Path | None = None, access: Access | None = None) -> Pack:
@@ -50,4 +70,4 @@ def open_pack(where: str | Path, source: Path | None = None, access: Access | No
     from comoe.net.remote import RemotePack
 
     access = access or Access()
-    return RemotePack(access.origin(str(where)), access.flash(), source=source, link=access.link)
+    return RemotePack(str(where), access, source)

@@ -6,6 +6,7 @@ from urllib.parse import urlsplit
 
 from blake3 import blake3
 
+from comoe.net.access import Access
 from comoe.net.flash import FlashCache
 from comoe.net.origin import Origin
 from comoe.store.blobfile import BlobFile, header_bytes, parse_header
@@ -15,21 +16,14 @@ from comoe.types import BlobId, CorruptBlob, HostileFile, PackError, RemoteUnava
 
 
 class RemotePack(Pack):
-    """The pack at `origin`, a `Source` of tiers `flash` and the origin's. Several threads may read at once.
+    """The pack at `url`, a `Source` of tiers `flash` and the origin's. Several threads may read at once.
 
     Without a link it opens as it was seen last, and reads what flash has.
     """
 
-    def __init__(
-        self,
-        origin: Origin,
-        cache: FlashCache,
-        *,
-        source: Path | None = None,
-        link: tuple[float, float] | None = None,
-    ) -> None:
-        self._origin, self._cache, self._link = origin, cache, link
-        with cache.mirroring(mirror_name(origin.url)) as folder:
+    def __init__(self, url: str, access: Access, source: Path | None = None) -> None:
+        self._access, self._origin, self._cache = access, access.origin(url), access.flash()
+        with self._cache.mirroring(mirror_name(self._origin.url)) as folder:
             self._mirror(folder, source)
             super().__init__(folder, source=source)
 
@@ -70,10 +64,7 @@ class RemotePack(Pack):
 
     def reading(self) -> tuple[float, float]:
         """Bytes per second of the link and seconds of its round trip: as said, or as measured now."""
-        if self._link is None:
-            name = next(part.file for layer in self.manifest.layers for part in layer.parts.values() if part.file)
-            self._link = self._origin.measured(name)
-        return self._link
+        return self._access.reading(self._origin.url, self.manifest)
 
     def close(self) -> None:
         super().close()
@@ -100,11 +91,8 @@ class RemotePack(Pack):
         return f"{self._origin.url}: layer {blob.layer}, part {blob.part!r}, row {blob.row}"
 
 
-def described(origin: Origin, cache: FlashCache) -> Path:
-    """A folder with the manifest and the small files of the pack at `origin`: what planning and a tokenizer need.
-
-    Without a link it is as it was seen last. Raises RemoteUnavailable, PackError.
-    """
+def describe(origin: Origin, cache: FlashCache) -> Path:
+    """The mirror of the pack at `origin`, with its manifest and small files, as they are or as they were seen last."""
     with cache.mirroring(mirror_name(origin.url)) as folder:
         _describe(origin, folder)
         return folder

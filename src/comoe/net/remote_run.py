@@ -25,7 +25,6 @@ from comoe.store.manifest import MANIFEST
 from comoe.types import HostileMessage, RemoteUnavailable, UsageError
 
 CONNECT_S = 5.0
-MIN_TOKEN_CHARS = 16
 MAX_HEALTH_BYTES = 1 << 20
 STALE = (http.client.RemoteDisconnected, BrokenPipeError, ConnectionResetError)
 """What a connection that its node closed meanwhile says when it is used again."""
@@ -162,17 +161,6 @@ class RemoteRun:
 def manifest_hash(folder: Path) -> str:
     """What an edge node tells packs apart by."""
     return sha256((folder / MANIFEST).read_bytes()).hexdigest()
-
-
-def read_token(path: Path) -> str:
-    """The token in a file, without white space around it. Raises UsageError where there is none."""
-    try:
-        token = path.read_text("ascii").strip()
-    except (OSError, UnicodeError) as error:
-        raise UsageError(f"{path}: no token can be read from it: {error}.") from error
-    if len(token) < MIN_TOKEN_CHARS or not token.isprintable() or " " in token:
-        raise UsageError(f"{path}: a token has at least {MIN_TOKEN_CHARS} characters, and no spaces in it.")
-    return token
 
 
 def _is_node(parts: SplitResult) -> bool:
