@@ -55,7 +55,7 @@ clean:
 # The kernel is compiled by the install, so its sources are inputs too. A failed install leaves no stamp.
 $(STAMP): $(INPUTS) | $(BIN)/pip
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-		$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c constraints.txt -e '.[run,dev,plot]'
+		$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c constraints.txt -e '.[run,dev,plot,edge]'
 	@touch $@
 
 # An interpreter without ensurepip (Debian's without python3-venv) cannot make one: the next candidate may.

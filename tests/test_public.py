@@ -120,7 +120,7 @@ def test_every_switch_that_may_be_on_by_a_twin_can_be_turned_off_by_a_flag() -> 
 def test_every_command_that_computes_says_with_how_many_threads() -> None:
     code = "from comoe.cli import app\nfrom typer.main import get_command\nfound = get_command(app).commands.items()"
     takers = answer(code, "[name for name, command in found if 'threads' in [p.name for p in command.params]]")
-    assert takers == ["pack", "plan", "run", "trace", "verify", "demo", "bench"]
+    assert takers == ["pack", "plan", "run", "trace", "verify", "edge", "demo", "bench"]
 
 
 def test_every_command_is_in_the_readme() -> None:

@@ -176,7 +176,7 @@ def test_served_models_answer_alike(web: Web, published: Path, tmp_path: Path) -
 
     ids, answers, read_from = torch.arange(12)[None], [], []
     for where in (str(published), web.url, web.url):
-        with_memory = load(where, expert_memory="40%", access=Access(cache=tmp_path / "cache"))
+        with_memory = load(where, expert_memory="40%", prefetch="off", access=Access(cache=tmp_path / "cache"))
         with with_memory.comoe as handle:
             answers.append(with_memory.generate(ids, max_new_tokens=8, do_sample=False).tolist())
             read_from.append({*handle.stats()["bytes_read"]})

@@ -19,6 +19,7 @@ Frozen values only: no I/O, no torch, nothing that can fail at import. Layout of
     │   ├── CorruptBlob
     │   ├── SourceMissing
     │   └── SourceChanged
+    ├── HostileMessage             exit 1   a message of the network breaks its format
     ├── StorageFull                exit 1
     ├── DoesNotFit                 exit 3   carries the smallest budget that would
     ├── VerificationFailed         exit 4
@@ -97,6 +98,10 @@ class SourceMissing(PackError):
 
 class SourceChanged(PackError):
     """The checkpoint that the pack refers to is not the one that was packed."""
+
+
+class HostileMessage(ComoeError):
+    """A message of the network breaks its format, or is larger than any may be."""
 
 
 class StorageFull(ComoeError):

@@ -17,6 +17,7 @@ from comoe.cli.command import Command
 from comoe.cli.config import defaults_of
 from comoe.cli.demo import command as demo
 from comoe.cli.doctor import command as doctor
+from comoe.cli.edge import command as edge
 from comoe.cli.ending import Commands, drop_unread, last_word
 from comoe.cli.export import command as export
 from comoe.cli.inspect import command as inspect
@@ -28,7 +29,11 @@ from comoe.cli.trace import command as trace
 from comoe.cli.verify import command as verify
 from comoe.types import ComoeError
 
-RUN_PACKAGES = {"torch", "transformers", "safetensors", "scipy", "obstore"}
+EXTRAS = {
+    **dict.fromkeys(("torch", "transformers", "safetensors", "scipy", "obstore"), "run"),
+    **dict.fromkeys(("starlette", "uvicorn", "httptools", "prometheus_client"), "edge"),
+}
+"""Which of comoe's extras brings a package."""
 
 app = typer.Typer(
     name="comoe",
@@ -51,6 +56,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "inspect": inspect,
     "verify": verify,
     "export": export,
+    "edge": edge,
     "doctor": doctor,
     "demo": demo,
     "bench": bench,
@@ -99,9 +105,9 @@ def main() -> None:
     except ComoeError as error:
         _stop(str(error), error.exit_code)
     except ModuleNotFoundError as error:
-        if error.name not in RUN_PACKAGES:
+        if error.name not in EXTRAS:
             raise
-        _stop(f"this command needs {error.name}: pip install 'comoe[run]'.", 1)
+        _stop(f"this command needs {error.name}: pip install 'comoe[{EXTRAS[error.name]}]'.", 1)
     finally:
         drop_unread()
 

@@ -83,7 +83,8 @@ def command(
     token_file: TokenFile = None,
     link: Link = None,
     edge: Annotated[
-        list[str] | None, Option(envvar="COMOE_EDGE", metavar="URL...", help="Edge nodes to read from.")
+        list[str] | None,
+        Option(envvar="COMOE_EDGE", metavar="URL...", help="Edge nodes that serve this pack: they run what misses."),
     ] = None,
     profile: ProfilePath = None,
     policy: PolicyName = POLICY,
@@ -124,7 +125,8 @@ def command(
     from comoe.runtime.generate import Sampling
 
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed, tuple(stop or ()), ignore_eos)
-    place = _place(pack, source, access(cache, cache_size, token_file, link))
+    reach = access(cache, cache_size, token_file, link)
+    place = _place(pack, source, reach)
     session = Session(place, wish(memory, expert_memory, max_loss, exact), sampling, chat=chat)
     given = _given(prompt, prompt_file)
     if given is None and json:
@@ -134,7 +136,7 @@ def command(
         check_place(decisions)
     how = {"policy": policy, "prefetch": prefetch, "live": live, "deterministic": deterministic}
     options: dict[str, Any] = {"dtype": dtype, "threads": threads, "source": source, "profile": known, **how}
-    options["routing_bias"] = routing_bias
+    options |= {"routing_bias": routing_bias, "access": reach}
     session.load(given, context, edges=tuple(edge or ()), log=decisions is not None, replay=replay, **options)
     with session.model.comoe, _profiled(session, profile), _logged(session, decisions):
         if given is None:
@@ -209,6 +211,7 @@ class Session:
             "ms_per_token": answer.ms_per_token,
             "framework_ms_per_token": answer.framework_ms_per_token,
             **{key: stats[key] for key in ("hit_rate", "floor_rate", "bytes_read")},
+            **{key: stats[key] for key in ("edge_runs", "edge_failures", "edge_bytes")},
             **{key: stats[key] for key in ("prefetching", "prefetched_bytes", "prefetch_wasted_bytes")},
             "expert_memory_bytes": stats["resident_bytes"],
             **{key: stats[key] for key in ("peak_bytes", "beside_experts_bytes", "yielded_bytes")},

@@ -6,6 +6,9 @@ from comoe.device.probe import Clock
 from comoe.store.source import Source, Through
 from comoe.types import BlobId
 
+RECENT = 0.1
+"""The weight of the last read in the recent rate."""
+
 
 class TimedSource(Through):
     """`source`, whose reads are counted: bytes, and the seconds that they took. A read that fails counts nothing."""
@@ -15,6 +18,12 @@ class TimedSource(Through):
         self._clock = clock
         self._lock = threading.Lock()
         self._nbytes, self._seconds = 0, 0.0
+        self._recent: float | None = None
+
+    @property
+    def byte_s(self) -> float | None:
+        """Seconds that a byte takes, latency included, in recent reads; None before the first."""
+        return self._recent
 
     def read(self, blob: BlobId, into: memoryview) -> str:
         start_s = self._clock()
@@ -23,6 +32,8 @@ class TimedSource(Through):
         with self._lock:
             self._nbytes += self._source.nbytes(blob)
             self._seconds += seconds
+            last = seconds / max(1, self._source.nbytes(blob))
+            self._recent = last if self._recent is None else self._recent + RECENT * (last - self._recent)
         return tier
 
     def take_bps(self) -> float | None:

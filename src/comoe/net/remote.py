@@ -89,6 +89,9 @@ class RemotePack(Pack):
         _place(kept, size.to_bytes(8, "little") + head[:length])
         return parse_header(path, head[:length], size)
 
+    def head(self, name: str) -> bytes:
+        return (self.folder / f"{name}.header").read_bytes()[8:]
+
     def _where(self, blob: BlobId) -> str:
         return f"{self._origin.url}: layer {blob.layer}, part {blob.part!r}, row {blob.row}"
 

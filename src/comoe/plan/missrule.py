@@ -1,5 +1,7 @@
 """The miss rule: what a use does whose wanted form is not in memory. Pure; the runtime and the simulator ask it."""
 
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 from comoe.plan.ledger import Ledger
@@ -16,3 +18,23 @@ class MissRule(NamedTuple):
         """Whether so many tokens, whose gates sum to `gate`, take an expert's floor rather than wait for it."""
         cheap = self.plan.floor is not None and gate < self.plan.wait_threshold * tokens
         return cheap and self.ledger.allows_floor(layer, gate, decode=decode)
+
+
+class MissTimes(NamedTuple):
+    """What experts that are not in memory take, in seconds, as measured: a byte that is read here; one exchange with an
+    edge node, and each expert that it runs in it."""
+
+    byte_s: float
+    exchange_s: float
+    run_s: float
+
+
+def num_away(nbytes: Sequence[int], times: MissTimes) -> int:
+    """How many of a layer's missing experts, of so many bytes each, an edge node runs: the last ones, while the others
+    are read here one after the other. What is done first; of two that are, the fewest."""
+    read_s = [0.0, *(total * times.byte_s for total in accumulate(nbytes))]
+
+    def seconds(away: int) -> float:
+        return max(read_s[len(nbytes) - away], times.exchange_s + away * times.run_s if away else 0.0)
+
+    return min(range(len(nbytes) + 1), key=seconds)

@@ -14,6 +14,7 @@ from comoe.plan.ledger import Ledger
 from comoe.plan.planner import Plan
 from comoe.plan.snapshot import Snapshot
 from comoe.runtime.choices import Choices
+from comoe.runtime.edgetier import RemoteCounts
 from comoe.runtime.layer import Counts, Serving, Use
 from comoe.runtime.live import Live
 from comoe.runtime.seen import nothing, profile_between
@@ -124,11 +125,14 @@ class Comoe:
 
         `prefetched_bytes` were read before they were asked for, `prefetch_wasted_bytes` of them left unused, since the
         model was loaded; `prefetching` says whether that goes on, None where there is nothing to go by.
+        `edge_runs` uses were run by edge nodes since then, in `edge_bytes` of messages; `edge_failures` requests to
+        them failed, and the device read instead.
         `moved_share` of the answer's gates went to other experts, as a routing bias has it.
         `yielded_bytes` are what the cache gave up to keep the budget; `beside_experts_bytes` what the process was
         measured to need beside it, None where experts alone have a budget; `peak_bytes` counts from its start.
         """
         counts, cache = self._serving.counts, self.cache.stats
+        remote = self._serving.remote.counts if self._serving.remote is not None else RemoteCounts()
         read, prefetcher = cache.bytes_read, self._serving.prefetcher
         uses = max(counts.uses, 1)
         return {
@@ -137,6 +141,9 @@ class Comoe:
             "floor_rate": counts.floor_uses / uses,
             "expert_s": counts.expert_s,
             "bytes_read": {tier: nbytes - self._read_before.get(tier, 0) for tier, nbytes in read.items()},
+            "edge_runs": remote.uses,
+            "edge_failures": remote.failures,
+            "edge_bytes": remote.nbytes,
             "prefetched_bytes": cache.tally.prefetched,
             "prefetch_wasted_bytes": cache.tally.prefetch_wasted,
             "prefetching": prefetcher.active if prefetcher is not None else None,
@@ -189,6 +196,8 @@ class Comoe:
         """Stop all threads and close files. The model cannot run afterwards."""
         if self.live is not None:
             self.live.close()
+        if self._serving.remote is not None:
+            self._serving.remote.close()
         self.cache.close()
         self._pack.close()
 

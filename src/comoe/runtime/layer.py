@@ -11,13 +11,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from comoe.forms.plain import Floats
 from comoe.memory.cache import BlobCache
 from comoe.memory.prefetch import Prefetcher
+from comoe.memory.residency import Group
 from comoe.plan.footprint import CHUNK_TOKENS
 from comoe.plan.ledger import Ledger
 from comoe.plan.missrule import MissRule
 from comoe.plan.planner import Plan
-from comoe.runtime.experts import Floats, SiteMath
+from comoe.runtime.edgetier import RemoteTier, Sent, Wanted
+from comoe.runtime.experts import KERNEL_TOKENS, SiteMath
 from comoe.store.manifest import Manifest
 from comoe.types import BlobId, ExpertId
 
@@ -72,7 +75,8 @@ class Serving:
 
     `heed` is told what every chunk uses: its layer, what its tokens give to experts (N, H), and its experts, ascending.
     `prefetcher` says what comes next; None where nothing is read ahead. `settle` is told whether a use that has a floor
-    would take it, and answers whether it does. `early`: prompts may take floors, too.
+    would take it, and answers whether it does. `early`: prompts may take floors, too. `remote` are edge nodes that run
+    what misses; None without any.
     """
 
     manifest: Manifest
@@ -85,6 +89,7 @@ class Serving:
     prefetcher: Prefetcher | None = None
     settle: Callable[[bool], bool] | None = None
     early: bool = False
+    remote: RemoteTier | None = None
     rungs: dict[str, list[list[Way]]] = field(default_factory=dict)
     seen: list[tuple[Seen, Seen]] = field(init=False)
     """By layer: of prefill, and of decoding."""
@@ -135,14 +140,53 @@ class ServedLayer:
         out = torch.zeros_like(x)
         waiting: dict[int, Tensor] = {}
         added = 0
-        for at, blobs in self.serving.cache.serve([way.blobs for way in ways], self._ahead(x, uses)):
+        for at, y in self._outputs(x, uses, ways):
             use = uses[at]
-            y = self._maths.run(ways[at].form, blobs, x[use.tokens])
             waiting[at] = (y * weight[use.tokens, use.positions, None]).to(out.dtype)
             while added in waiting:
                 _add(out, uses[added].tokens, waiting.pop(added))
                 added += 1
         return out
+
+    def _outputs(self, x: Tensor, uses: Sequence[Use], ways: Sequence[Way]) -> Iterator[tuple[int, Tensor]]:
+        """(position, outputs (T, H)) of every use, as they are there: what an edge node runs comes last."""
+        ahead, sent = self._ahead(x, uses), self._send(x, uses, ways)
+        away = [use.position for use in sent.wanted] if sent is not None else []
+        here = [at for at in range(len(uses)) if at not in away]
+        yield from self._computed(here, (x, uses, ways), ahead)
+        if sent is None or self.serving.remote is None:
+            return
+        found = self.serving.remote.outputs(sent, x.dtype)
+        if found is None:
+            yield from self._computed(away, (x, uses, ways), ())
+        else:
+            self.serving.cache.prefetch([ways[at].blobs for at in away])
+            yield from zip(away, found, strict=True)
+
+    def _computed(
+        self, positions: Sequence[int], chunk: tuple[Tensor, Sequence[Use], Sequence[Way]], ahead: Sequence[Group]
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Outputs of those uses of a chunk, computed here."""
+        x, uses, ways = chunk
+        for found, blobs in self.serving.cache.serve([ways[at].blobs for at in positions], ahead):
+            at = positions[found]
+            yield at, self._maths.run(ways[at].form, blobs, x[uses[at].tokens])
+
+    def _send(self, x: Tensor, uses: Sequence[Use], ways: Sequence[Way]) -> Sent | None:
+        """Let an edge node run what misses, as far as that is sooner done than reading it."""
+        serving = self.serving
+        if serving.remote is None or self._maths.plain is None or len(x) > KERNEL_TOKENS:
+            return None
+        resident = serving.cache.residents([way.blobs for way in ways])
+        wanted = [
+            Wanted(at, use.expert, way.form, self._nbytes(way), tuple(use.tokens.tolist()))
+            for at, (use, way) in enumerate(zip(uses, ways, strict=True))
+            if not resident[at]
+        ]
+        return serving.remote.send(self._index, self._maths.plain, wanted, x) if wanted else None
+
+    def _nbytes(self, way: Way) -> int:
+        return sum(self.serving.manifest.layers[blob.layer].parts[blob.part].nbytes for blob in way.blobs)
 
     def _uses(self, index: Tensor, weight: Tensor) -> Iterator[Use]:
         """The experts that a chunk uses, ascending; rows in the order in which eager transformers takes them."""

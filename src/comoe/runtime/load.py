@@ -14,12 +14,14 @@ from comoe.device.costs import measured_costs
 from comoe.device.memory import check_possible, default_memory
 from comoe.device.monitor import Monitor
 from comoe.device.rates import TimedSource
+from comoe.kernels import native
 from comoe.memory.cache import BlobCache
 from comoe.memory.policy import POLICIES, Policy
 from comoe.memory.predict import Frequent, Learned, Predictor, Previous
 from comoe.memory.prefetch import PREFETCHES, Prefetcher
 from comoe.net.address import Access
 from comoe.net.place import open_pack
+from comoe.net.remote_run import Node
 from comoe.plan.cost import Costs
 from comoe.plan.early import early
 from comoe.plan.footprint import FIRST_USE_FILE_BYTES, Workload, advised, beside_experts, dtype_of, unseen_bytes
@@ -30,6 +32,7 @@ from comoe.plan.planner import Plan, Planner, uniform
 from comoe.runtime.bias import attach_bias
 from comoe.runtime.budget import FIRST_TOKENS, WarmUp, warm_up
 from comoe.runtime.choices import Choices, conditions
+from comoe.runtime.edgetier import RemoteTier, open_links
 from comoe.runtime.experts import TORCH_DTYPES, SiteMath
 from comoe.runtime.handle import Comoe, Promise
 from comoe.runtime.hook import attach
@@ -44,7 +47,7 @@ from comoe.store.paced import Paced
 from comoe.store.pack import Pack, refuse_idle_source
 from comoe.store.profile import Profile, read_profile
 from comoe.store.source import Source
-from comoe.types import DoesNotFit, RemoteUnavailable, UsageError
+from comoe.types import DoesNotFit, UsageError
 from comoe.units import format_size, parse_budget, parse_share, parse_size
 
 LINK_THREADS = 4
@@ -68,7 +71,7 @@ class Options:
 
     `live` lets the model follow its device and its text; `deterministic` makes outputs depend on neither; `log` keeps
     the choices that outputs depend on, `replay` takes them from a log. `routing_bias` is what decoding adds to the
-    logits of experts in memory, 0 for nothing.
+    logits of experts in memory, 0 for nothing. `edges` are the nodes that may run experts.
     """
 
     max_loss: float = 0.0
@@ -83,6 +86,7 @@ class Options:
     log: bool = False
     replay: Decisions | None = None
     routing_bias: float = ROUTING_BIAS
+    edges: tuple[Node, ...] = ()
 
     def __post_init__(self) -> None:
         if not 0 <= self.max_loss < float("inf"):
@@ -145,11 +149,13 @@ def load(
     choices that outputs depend on (`model.comoe.choices`); `replay` is the file of such a log, which is followed.
     `routing_bias`, in logits, lets decoding prefer experts that are in memory, as far as `max_loss` allows it; 0: off.
 
+    `edges` are URLs of edge nodes that serve the same pack: they run experts that are not in memory, where that is
+    sooner done than reading them; `access` has their token, too.
+
     Raises DoesNotFit, before anything large is loaded, with the smallest budget that would do; PackError for a pack
-    that cannot be used; UsageError for a budget or a profile that cannot be read.
+    that cannot be used; UsageError for a budget or a profile that cannot be read; RemoteUnavailable where no edge node
+    answers.
     """
-    if edges:
-        raise RemoteUnavailable("this version of comoe reads packs from local disks only: leave `edges` empty.")
     if memory is not None and expert_memory is not None:
         raise UsageError("give memory for the whole process or expert memory, not both.")
     moved_to = Path(source) if source else None
@@ -159,7 +165,8 @@ def load(
     given = memory is not None or expert_memory is not None
     follows = live if live is not None else not given
     logged = read_decisions(Path(replay)) if replay else None
-    how = (policy, prefetch, follows, deterministic, log, logged, routing_bias)
+    nodes = tuple(Node(url, access.token if access else None, access.ca if access else None) for url in edges)
+    how = (policy, prefetch, follows, deterministic, log, logged, routing_bias, nodes)
     options = Options(parse_share(max_loss), context, dtype, threads, known, *how)
     loader = Loader(opened, options)
     if expert_memory is not None:
@@ -321,6 +328,16 @@ class Loader:
         policy = POLICIES[self.options.policy]()
         return self.new_cache(self._source, capacity, largest_group=largest_group, policy=policy)
 
+    def _remote(self, math: SiteMath) -> RemoteTier | None:
+        """The edge nodes that run experts, `math` the first layer's. Raises RemoteUnavailable, UsageError."""
+        if not self.options.edges:
+            return None
+        if math.plain is None or not native.available():
+            raise UsageError("edge nodes run plain experts for devices with the kernel only: leave out --edge.")
+        exact = self.options.max_loss == 0
+        links = open_links(self.options.edges, self.pack, math.plain, exact, perf_counter)
+        return RemoteTier(links, self.pack.manifest, lambda: self._source.byte_s, perf_counter)
+
     def _serve(
         self,
         model: Any,
@@ -345,7 +362,11 @@ class Loader:
             if plan.floor is not None:
                 ways = [serving.way(*expert, plan.floor) for expert in most_used]
                 cache.hold(list(dict.fromkeys(blob for way in ways for blob in way.blobs)))
-            attach(model, [ServedLayer(at, math, serving) for at, math in enumerate(self._maths(model))])
+            maths = self._maths(model)
+            serving.remote = self._remote(maths[0])
+            if serving.remote is not None:
+                on_failure.callback(serving.remote.close)
+            attach(model, [ServedLayer(at, math, serving) for at, math in enumerate(maths)])
             if options.routing_bias:
                 attach_bias(model, serving, options.routing_bias)
             handle = Comoe(self.pack, serving, self.options.context, promise, earlier_peak)

@@ -134,6 +134,11 @@ class Pack:
         """What the header of the blob file `name` says."""
         return read_header(self.folder / name)
 
+    def head(self, name: str) -> bytes:
+        """The bytes of the blob file `name` before its blobs."""
+        with (self.folder / name).open("rb") as file:
+            return file.read(self._headers[name].data_start)
+
     def _checked_headers(self) -> dict[str, BlobFile]:
         """Headers of all blob files, compared with the manifest."""
         headers: dict[str, BlobFile] = {}

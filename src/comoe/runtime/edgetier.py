@@ -1,0 +1,236 @@
+"""Experts that an edge node runs for a model, while the device reads others: one more way to serve a miss.
+
+When that is worth it is `plan.missrule`'s, the exchange `net.remote_run`'s. A node is used only where its answer to a
+known question was right, and left alone for a while after each failure: then the device reads, as ever.
+"""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as Late
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from comoe.forms.plain import Floats, PlainMath
+from comoe.net.remote_run import Node, RemoteRun, Timed, manifest_hash
+from comoe.net.wire import MAX_USES, RunRequest, Uses
+from comoe.plan.missrule import MissTimes, num_away
+from comoe.store.manifest import Manifest
+from comoe.store.pack import Pack
+from comoe.types import ComoeError, ExpertId, RemoteUnavailable
+
+PROBES = 5
+RECENT = 0.2
+"""The weight of the last exchange in what the next is expected to take."""
+
+PATIENCE = 4.0
+LEAST_PATIENCE_S = 0.05
+"""An answer that takes longer than so many times what was expected, and than this, is not waited for."""
+
+REST_S, LONGEST_REST_S = 1.0, 30.0
+"""How long a node is left alone after a failure, and after several: twice as long each time."""
+
+REFRESH_S = 2.0
+"""A node that was not used for so long is asked for its health, to know what its link is now."""
+
+CLOSE = 1e-3
+"""Of the largest output: how far a node's numbers may be from the device's where outputs may lose something."""
+
+
+class Wanted(NamedTuple):
+    """A use that misses: its position in the chunk, expert, form, bytes to read for it, and rows of the chunk."""
+
+    position: int
+    expert: int
+    form: str
+    nbytes: int
+    tokens: tuple[int, ...]
+
+
+@dataclass(slots=True)
+class Link:
+    """A node, and what exchanges with it take: `exchange_s` beside the `run_s` of each use."""
+
+    remote: RemoteRun
+    exchange_s: float = 0.0
+    run_s: float = 0.0
+    failures: int = 0
+    rests_until_s: float = 0.0
+    heard_s: float = 0.0
+
+    def learn(self, timed: Timed, uses: int, now_s: float) -> None:
+        """Take an exchange into account."""
+        self.exchange_s += RECENT * (max(0.0, timed.seconds - timed.answer.seconds) - self.exchange_s)
+        self.run_s += RECENT * (timed.answer.seconds / uses - self.run_s)
+        self.heard(now_s)
+
+    def heard(self, now_s: float) -> None:
+        self.failures, self.heard_s = 0, now_s
+
+    def failed(self, now_s: float) -> None:
+        self.rests_until_s = now_s + min(LONGEST_REST_S, REST_S * 2**self.failures)
+        self.failures += 1
+
+
+@dataclass(slots=True)
+class RemoteCounts:
+    """Since the model was loaded: uses that nodes ran, requests that failed, bytes of both directions."""
+
+    uses: int = 0
+    failures: int = 0
+    nbytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """Uses that a node runs now."""
+
+    wanted: tuple[Wanted, ...]
+    exchange: "Future[Timed]"
+    link: Link
+    patience_s: float
+
+
+class RemoteTier:
+    """The edge nodes of a model, known to be right. One thread calls; another one talks to the nodes.
+
+    `byte_s` says what reading a byte here takes, None while that is unknown.
+    """
+
+    def __init__(
+        self, links: Sequence[Link], manifest: Manifest, byte_s: Callable[[], float | None], clock: Callable[[], float]
+    ) -> None:
+        self._links, self._byte_s, self._clock = links, byte_s, clock
+        self._forms = {form: at for at, form in enumerate(manifest.forms)}
+        self._thread = ThreadPoolExecutor(1, "comoe-edge")
+        self.counts = RemoteCounts()
+
+    def send(self, layer: int, plain: PlainMath, wanted: Sequence[Wanted], x: Tensor) -> Sent | None:
+        """Let a node run those of `wanted` that are sooner there so than read; None where none are."""
+        now_s, byte_s = self._clock(), self._byte_s()
+        self._refresh(now_s)
+        link = min(self._usable(now_s), key=lambda link: link.exchange_s + link.run_s, default=None)
+        if link is None or byte_s is None:
+            return None
+        times = MissTimes(byte_s, link.exchange_s, link.run_s)
+        away = num_away([use.nbytes for use in wanted], times)
+        if not away:
+            return None
+        some = tuple(wanted[len(wanted) - away :])
+        request = self._request(link, layer, plain, some, x)
+        if len(request.uses) > MAX_USES:
+            return None
+        expected_s = link.exchange_s + len(request.uses) * link.run_s
+        exchange = self._thread.submit(link.remote.run, request)
+        return Sent(some, exchange, link, max(LEAST_PATIENCE_S, PATIENCE * expected_s))
+
+    def outputs(self, sent: Sent, dtype: torch.dtype) -> list[Tensor] | None:
+        """What a node computed, for each use (rows, H); None where it failed, or is too late."""
+        try:
+            timed = sent.exchange.result(sent.patience_s)
+        except (ComoeError, Late):
+            sent.exchange.cancel()
+            sent.link.failed(self._clock())
+            self.counts.failures += 1
+            return None
+        rows = [len(use.tokens) for use in sent.wanted]
+        sent.link.learn(timed, sum(rows), self._clock())
+        self.counts.uses += len(rows)
+        self.counts.nbytes += timed.nbytes
+        found = torch.from_numpy(timed.answer.y).to(dtype)
+        return list(torch.split(found, rows))
+
+    def close(self) -> None:
+        self._thread.shutdown(cancel_futures=True)
+        for link in self._links:
+            link.remote.close()
+
+    def _usable(self, now_s: float) -> list[Link]:
+        return [link for link in self._links if now_s >= link.rests_until_s and not link.failures]
+
+    def _refresh(self, now_s: float) -> None:
+        """Ask nodes that were not heard of for a while how they are, without waiting for it."""
+        for link in self._links:
+            if now_s >= link.rests_until_s and now_s - link.heard_s > REFRESH_S:
+                link.heard_s = now_s
+                self._thread.submit(self._ask, link)
+
+    def _ask(self, link: Link) -> None:
+        start_s = self._clock()
+        try:
+            health = link.remote.health()
+        except ComoeError:
+            link.failed(self._clock())
+            return
+        if health.get("status") == "ok":
+            seconds = self._clock() - start_s
+            link.exchange_s = seconds if link.failures else link.exchange_s + RECENT * (seconds - link.exchange_s)
+            link.heard(self._clock())
+
+    def _request(self, link: Link, layer: int, plain: PlainMath, wanted: Sequence[Wanted], x: Tensor) -> RunRequest:
+        rows = [len(use.tokens) for use in wanted]
+        uses = Uses(
+            np.repeat([use.expert for use in wanted], rows).astype(np.uint16),
+            np.array([token for use in wanted for token in use.tokens], np.uint16),
+            np.ones(sum(rows), np.float32),
+            np.repeat([self._forms[use.form] for use in wanted], rows).astype(np.uint8),
+        )
+        dtype = str(x.dtype).removeprefix("torch.")
+        x_f32 = x.float().contiguous().numpy()
+        return RunRequest(link.remote.identity, layer, dtype, plain.activation, plain.gated, uses, x_f32)
+
+
+def open_links(
+    nodes: Sequence[Node], pack: Pack, plain: PlainMath, exact: bool, clock: Callable[[], float]
+) -> list[Link]:
+    """The nodes that answer a known question of the pack's first layer as this device does; `exact`: to the bit.
+
+    RemoteUnavailable where none does; UsageError where one does not know the token.
+    """
+    question, answer = _known(pack, plain)
+    links, problems = [], []
+    for node in nodes:
+        remote = RemoteRun(node, manifest_hash(pack.folder), clock)
+        try:
+            links.append(_checked(remote, question, answer, exact, clock))
+        except RemoteUnavailable as error:
+            problems.append(str(error))
+            remote.close()
+    if nodes and not links:
+        raise RemoteUnavailable(problems[0])
+    return links
+
+
+def _checked(remote: RemoteRun, question: RunRequest, answer: Floats, exact: bool, clock: Callable[[], float]) -> Link:
+    link = Link(remote)
+    asked = replace(question, identity=remote.identity)
+    remote.run(asked)  # its blobs may have to be read first
+    found = [remote.run(asked) for _ in range(PROBES)]
+    for timed in found:
+        difference = np.abs(timed.answer.y - answer).max()
+        if difference > (0.0 if exact else CLOSE * np.abs(answer).max()):
+            raise RemoteUnavailable(
+                f"{remote.url} computes experts otherwise than this device, by {difference:.2g}: exact outputs need "
+                "the same kernel there; allow a loss with --max-loss, or leave out --edge."
+            )
+    exchanges = sorted(max(0.0, timed.seconds - timed.answer.seconds) for timed in found)
+    runs = sorted(timed.answer.seconds for timed in found)
+    link.exchange_s, link.run_s = exchanges[PROBES // 2], runs[PROBES // 2] / len(question.uses)
+    link.heard(clock())
+    return link
+
+
+def _known(pack: Pack, plain: PlainMath) -> tuple[RunRequest, Floats]:
+    """A question about one exact expert, and this device's answer."""
+    manifest = pack.manifest
+    blobs = manifest.blobs(ExpertId(0, 0), "exact")
+    data = [np.frombuffer(pack.read_bytes(blob), np.uint8) for blob in blobs]
+    x = np.random.default_rng(0).standard_normal((1, plain.site.leaves[0].cols)).astype(np.float32)
+    one = np.zeros(1, np.uint16)
+    form = np.array([manifest.forms.index("exact")], np.uint8)
+    uses = Uses(one, one, np.ones(1, np.float32), form)
+    question = RunRequest(b"", 0, "float32", plain.activation, plain.gated, uses, x)
+    return question, plain.run("exact", data, x)

@@ -1,0 +1,140 @@
+"""A model whose misses an edge node runs: the same answer to the bit, whatever becomes of the node."""
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from commands import Comoe, document
+from edges import Edge, running
+from models import PROMPT, greedy
+
+from comoe.net.remote_run import Node
+from comoe.runtime.load import Loader, Options, load
+from comoe.store.pack import Pack
+from comoe.types import RemoteUnavailable, UsageError
+
+NUM_TOKENS = 24
+READ_S = 0.02
+"""So slow is a read here that a node on this machine is sooner done."""
+
+
+@contextmanager
+def served(packed: Path, *edges: Edge, read_s: float = READ_S) -> Iterator[Any]:
+    """The model with room for two experts, exact, whose reads are slow."""
+    pack = Pack(packed)
+    loader = Loader(pack, Options(edges=tuple(Node(edge.url) for edge in edges), prefetch="off"))
+    loader.pace(lambda nbytes: read_s)
+    room = 2 * loader.ladder.rung("exact").group_beside(None)
+    model = loader.streamed("exact", room)
+    with model.comoe:
+        yield model
+
+
+@pytest.fixture(scope="module")
+def expected(packed: Path) -> list[int]:
+    with served(packed, read_s=0.0) as model:
+        return greedy(model, NUM_TOKENS)
+
+
+def test_what_misses_is_run_by_the_node_and_the_answer_is_the_same_to_the_bit(
+    packed: Path, expected: list[int]
+) -> None:
+    step = PROMPT[:, :1]
+    with served(packed, read_s=0.0) as model, torch.inference_mode():
+        logits = model(step).logits
+    with running(packed) as edge, served(packed, edge) as model:
+        assert greedy(model, NUM_TOKENS) == expected
+        with torch.inference_mode():
+            assert torch.equal(model(step).logits, logits)
+        stats = model.comoe.stats()
+        assert stats["edge_runs"] > NUM_TOKENS and stats["edge_failures"] == 0 and stats["edge_bytes"] > 0
+        assert edge.metric("comoe_edge_expert_runs_total") >= stats["edge_runs"]
+
+
+def test_a_node_that_is_slower_than_reading_runs_nothing(packed: Path, expected: list[int]) -> None:
+    with running(packed) as edge, served(packed, edge, read_s=0.0) as model:
+        link = model.comoe._serving.remote._links[0]
+        link.exchange_s = 10.0
+        assert greedy(model, NUM_TOKENS) == expected
+        assert model.comoe.stats()["edge_runs"] == 0
+
+
+def killed(edge: Edge) -> None:
+    edge.process.kill()
+
+
+def stalled(edge: Edge) -> None:
+    edge.process.send_signal(signal.SIGSTOP)
+
+
+@pytest.mark.parametrize("end", [killed, stalled, Edge.terminate])
+def test_a_node_that_is_killed_stalled_or_stopped_does_not_change_the_answer(
+    packed: Path, expected: list[int], end: Callable[[Edge], None]
+) -> None:
+    with running(packed) as edge, served(packed, edge) as model:
+        seen = 0
+
+        def count(module: Any, given: Any, output: Any) -> None:
+            nonlocal seen
+            seen += 1
+            if seen == NUM_TOKENS // 2:
+                end(edge)
+
+        hook = model.lm_head.register_forward_hook(count)
+        assert greedy(model, NUM_TOKENS) == expected
+        hook.remove()
+        stats = model.comoe.stats()
+        assert stats["edge_failures"] >= 1 and stats["edge_runs"] > 0
+        assert model.comoe._serving.remote._links[0].failures >= 1
+
+
+def test_a_second_node_takes_over(packed: Path, expected: list[int]) -> None:
+    with running(packed) as first, running(packed) as second, served(packed, first, second) as model:
+        greedy(model, 4)
+        first.process.kill()
+        assert greedy(model, NUM_TOKENS) == expected
+        assert second.metric("comoe_edge_expert_runs_total") > 6
+        assert model.comoe.stats()["edge_runs"] > NUM_TOKENS
+
+
+def test_a_node_that_comes_back_is_used_again(packed: Path) -> None:
+    with running(packed) as edge, served(packed, edge) as model:
+        edge.process.send_signal(signal.SIGSTOP)
+        greedy(model, 4)
+        edge.process.send_signal(signal.SIGCONT)
+        before = model.comoe.stats()["edge_runs"]
+        for _ in range(40):
+            greedy(model, 4)
+            if model.comoe.stats()["edge_runs"] > before:
+                break
+        assert model.comoe.stats()["edge_runs"] > before
+
+
+def test_a_node_of_another_pack_or_none_is_refused_before_the_model_runs(packed: Path, copied: Path) -> None:
+    (copied / "comoe.json").write_bytes((copied / "comoe.json").read_bytes() + b"\n")
+    with running(copied) as edge, pytest.raises(RemoteUnavailable, match="does not serve this pack"):
+        load(packed, expert_memory="50%", edges=[edge.url])
+    with pytest.raises(RemoteUnavailable, match="does not answer"):
+        load(packed, expert_memory="50%", edges=["http://127.0.0.1:1"])
+
+
+def test_the_command_line_takes_nodes_and_their_token(comoe: Comoe, packed: Path, tmp_path: Path) -> None:
+    token = tmp_path / "token"
+    token.write_text("a-token-of-some-length\n")
+    words = ("run", packed, "-p", "the quick", "-n", 4, "--expert-memory", "50%", "--json")
+    alone = document(comoe(*words))
+    with running(packed, "--token-file", token) as edge:
+        helped = document(comoe(*words, "--edge", edge.url, "--token-file", token))
+        assert comoe(*words, "--edge", edge.url).code == 2
+    assert helped["text"] == alone["text"] and helped["edge_failures"] == 0
+    assert {"edge_runs", "edge_bytes"} <= helped.keys()
+
+
+def test_a_device_without_the_kernel_says_so(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("comoe.kernels.native.available", lambda: False)
+    with pytest.raises(UsageError, match="with the kernel only"):
+        load(packed, expert_memory="50%", edges=["http://127.0.0.1:1"])
