@@ -21,6 +21,7 @@ from comoe.net.address import Access, is_url
 from comoe.net.place import open_pack
 
 PROMPT = ("--prompt", "the quick brown fox", "--max-new-tokens", "4", "--temperature", "0", "--expert-memory", "40%")
+PROMPT += ("--prefetch", "off")  # so that the same experts come each time
 
 
 @pytest.fixture(autouse=True)
