@@ -90,8 +90,12 @@ def test_a_server_that_is_not_there_is_said_with_its_own_code(comoe: Comoe, publ
     assert (result.code, result.out) == (5, "") and "does not answer" in result.sentence
 
 
-def test_a_server_that_goes_away_in_mid_run_ends_an_exact_run_in_one_sentence(comoe: Comoe, web: Web) -> None:
-    web.leave_after = 60  # requests: headers and some experts
+def test_a_server_that_goes_away_in_mid_run_ends_an_exact_run_in_one_sentence(
+    comoe: Comoe, web: Web, tmp_path: Path
+) -> None:
+    open_pack(web.url, access=Access(tmp_path / "comoe", 0)).close()
+    web.asked.clear()
+    web.leave_after = 3  # requests: the manifest's, and two experts'
     words = ("--prompt", "a", "--max-new-tokens", "100", "--ignore-eos", "--expert-memory", "30%", "--cache-size", "0")
     result = comoe("run", web.url, *words)
     assert result.code == 5 and web.url in result.sentence
