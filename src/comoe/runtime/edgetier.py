@@ -28,7 +28,8 @@ RECENT = 0.2
 
 PATIENCE = 4.0
 LEAST_PATIENCE_S = 0.05
-"""An answer that takes longer than so many times what was expected, and than this, is not waited for."""
+"""An answer that takes longer than so many times what was expected, than this, and than reading instead, is not waited
+for."""
 
 REST_S, LONGEST_REST_S = 1.0, 30.0
 """How long a node is left alone after a failure, and after several: twice as long each time."""
@@ -125,7 +126,8 @@ class RemoteTier:
             return None
         expected_s = link.exchange_s + len(request.uses) * link.run_s
         exchange = self._thread.submit(link.remote.run, request)
-        return Sent(some, exchange, link, max(LEAST_PATIENCE_S, PATIENCE * expected_s))
+        reading_s = byte_s * sum(use.nbytes for use in some)
+        return Sent(some, exchange, link, max(LEAST_PATIENCE_S, PATIENCE * expected_s, reading_s))
 
     def outputs(self, sent: Sent, dtype: torch.dtype) -> list[Tensor] | None:
         """What a node computed, for each use (rows, H); None where it failed, or is too late."""
