@@ -4,8 +4,10 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from commands import Comoe, document
@@ -13,7 +15,9 @@ from edges import Edge, running
 from models import PROMPT, Answer, answer, greedy
 from sweep import Subject
 
+from comoe.forms.plain import PlainMath
 from comoe.net.remote_run import Node
+from comoe.runtime.edgetier import open_links
 from comoe.runtime.load import Loader, Options, load
 from comoe.store.pack import Pack
 from comoe.types import RemoteUnavailable, UsageError
@@ -113,6 +117,35 @@ def test_a_node_that_comes_back_is_used_again(packed: Path) -> None:
             if model.comoe.stats()["edge_runs"] > before:
                 break
         assert model.comoe.stats()["edge_runs"] > before
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("exact", "answers", "right"),
+    [
+        (True, 1.0, True),
+        (True, 1.0000001, False),
+        (True, NAN, False),
+        (False, 1.0001, True),
+        (False, 1.1, False),
+        (False, NAN, False),
+    ],
+)
+def test_a_node_is_right_to_the_bit_or_nearly(packed: Path, exact: bool, answers: float, right: bool) -> None:
+    with running(packed) as edge:
+        pack = Pack(packed)
+        plain = PlainMath(pack.manifest.site(0), "silu", True)
+        (link,) = open_links([Node(edge.url)], pack, plain, exact, perf_counter)
+        link.known = link.known._replace(answer=link.known.answer * np.float32(answers))
+        if right:
+            assert len(link.ask().answer.y) == 1
+        else:
+            with pytest.raises(RemoteUnavailable, match="otherwise than this device"):
+                link.ask()
+        link.close()
+        pack.close()
 
 
 def test_a_node_of_another_pack_or_none_is_refused_before_the_model_runs(packed: Path, copied: Path) -> None:
