@@ -5,13 +5,15 @@ import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from time import monotonic
 
 import pytest
 from sources import SourceContract, read
 from webs import Web, serving
 
 from comoe.net import origin
-from comoe.net.access import Access, open_pack
+from comoe.net.address import Access
+from comoe.net.place import open_pack
 from comoe.net.remote import RemotePack, mirror_name
 from comoe.store.pack import Pack
 from comoe.store.source import Source
@@ -182,3 +184,22 @@ def test_served_models_answer_alike(web: Web, published: Path, tmp_path: Path) -
     assert answers[0] == answers[1] == answers[2]
     assert read_from[0] == {"flash"} and "origin" in read_from[1] and read_from[2] == {"flash"}
     shutil.rmtree(tmp_path / "cache")
+
+
+def test_the_first_answer_comes_early_and_gets_better_as_bytes_come(web: Web, tmp_path: Path) -> None:
+    import torch
+
+    from comoe.runtime.load import load
+
+    ids = torch.arange(40)[None]
+    model = load(web.url, expert_memory="500%", max_loss="500%", access=Access(tmp_path / "cache", link=(2e5, 0.01)))
+    with model.comoe as handle:
+        plan, before = handle.plan, handle.cache.resident_bytes
+        assert plan.floor is not None and plan.floor_bytes <= 0.08 * handle.pack.manifest.expert_bytes_bf16
+        assert before <= 2 * plan.floor_bytes + 100_000
+        rates, end_s = list[float](), monotonic() + 60
+        while (not rates or rates[-1]) and monotonic() < end_s:
+            handle.begin_request()
+            model.generate(ids, max_new_tokens=4, do_sample=False)
+            rates.append(handle.stats()["floor_rate"])
+        assert rates[0] > 0.3 and rates[-1] == 0

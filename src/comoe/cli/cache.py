@@ -5,7 +5,7 @@ import typer
 from comoe.cli.command import Command
 from comoe.cli.options import CacheFolder, Json
 from comoe.cli.terminal import print_json, print_table
-from comoe.net.flash import FlashCache, default_folder
+from comoe.net.flash import FlashCache
 from comoe.units import format_size
 
 app = typer.Typer(
@@ -22,7 +22,7 @@ def listed(cache: CacheFolder = None, json: Json = False) -> None:
     \b
     comoe cache ls
     """
-    opened = FlashCache(cache or default_folder())
+    opened = FlashCache(cache)
     held = opened.held()
     if json:
         print_json({"folder": str(opened.folder), "capacity_bytes": opened.capacity, **held._asdict()})
@@ -39,7 +39,7 @@ def cleared(cache: CacheFolder = None, json: Json = False) -> None:
     \b
     comoe cache clear
     """
-    freed = FlashCache(cache or default_folder()).clear()
+    freed = FlashCache(cache).clear()
     if json:
         print_json({"freed_bytes": freed})
     else:

@@ -11,7 +11,8 @@ from comoe.cli.options import CacheFolder, CacheSize, Threads, TokenFile, access
 from comoe.cli.terminal import say
 from comoe.device import process
 from comoe.device.memory import check_possible, default_memory
-from comoe.net.access import Access, is_url, open_pack
+from comoe.net.address import Access, is_url
+from comoe.net.place import open_pack
 from comoe.store.pack import Pack
 from comoe.types import DoesNotFit, UsageError
 from comoe.units import format_size, parse_size

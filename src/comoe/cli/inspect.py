@@ -5,9 +5,10 @@ from typing import Annotated, Any
 
 from typer import Option
 
-from comoe.cli.options import CacheFolder, Json, PackPlace, Source, TokenFile, access, folder_of
+from comoe.cli.options import CacheFolder, Json, PackPlace, Source, TokenFile, access
 from comoe.cli.picture import picture_of
 from comoe.cli.terminal import print_json, print_table, say
+from comoe.net.place import folder_of
 from comoe.plan.ladder import ladder_of
 from comoe.store.manifest import Certificate, Manifest, read_manifest
 from comoe.store.pack import folder_bytes, refuse_idle_source, source_problem

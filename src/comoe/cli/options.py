@@ -6,7 +6,7 @@ from typing import Annotated, Any, NamedTuple
 
 from typer import Argument, Option
 
-from comoe.net.access import Access, described, is_url
+from comoe.net.address import Access
 from comoe.types import UsageError
 from comoe.units import parse_link, parse_share, parse_size
 
@@ -124,11 +124,6 @@ def access(cache: Path | None, cache_size: str | None, token_file: Path | None, 
             raise UsageError(f"{token_file} cannot be read: {error}.") from error
     nbytes = parse_size(cache_size) if cache_size is not None else None
     return Access(cache, nbytes, token, link=parse_link(link) if link is not None else None)
-
-
-def folder_of(pack: str, reach: Access) -> Path:
-    """The pack's folder; of an address, a mirror of its manifest and small files."""
-    return described(pack, reach) if is_url(pack) else Path(pack)
 
 
 class Wish(NamedTuple):

@@ -28,7 +28,6 @@ from comoe.cli.options import (
     TokenFile,
     Wish,
     access,
-    folder_of,
     wish,
 )
 from comoe.cli.terminal import print_json, print_table, say
@@ -39,7 +38,7 @@ from comoe.device.doctor import disk_of
 from comoe.device.memory import check_possible, default_memory
 from comoe.device.probe import LEAST_LATENCY_S
 from comoe.memory.policy import POLICIES
-from comoe.net.access import is_url
+from comoe.net.place import folder_of, reading_of
 from comoe.plan.cost import Costs
 from comoe.plan.footprint import INTERPRETER_BYTES, Workload, advised, beside_experts, dtype_of
 from comoe.plan.ladder import ladder_of
@@ -90,7 +89,7 @@ def command(
     refuse_idle_source(source, folder, manifest)
     from_flag = called.get_parameter_source("profile").name == "COMMANDLINE"  # type: ignore[union-attr]
     known = _known(profile, from_flag)
-    reading = reach.reading(pack, manifest) if is_url(pack) else reach.link
+    reading = reading_of(pack, reach, manifest)
     costs = _costs(folder, manifest, source, dtype, threads, reading)
     planner = Planner(ladder_of(manifest, known), costs, policy)
     forms = planner.ladder.forms(wished.max_loss)

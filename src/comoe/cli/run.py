@@ -34,7 +34,8 @@ from comoe.cli.options import (
 from comoe.cli.profile import alone, check_place, keep, writing
 from comoe.cli.terminal import print_json, say
 from comoe.defaults import CONTEXT, MAX_NEW_TOKENS, POLICY, PREFETCH, ROUTING_BIAS, SEED, TEMPERATURE, TOP_K, TOP_P
-from comoe.net.access import Access, is_url, open_pack
+from comoe.net.address import Access, is_url
+from comoe.net.place import open_pack
 from comoe.store.decisions import write_decisions
 from comoe.store.manifest import read_manifest
 from comoe.store.pack import Pack

@@ -36,12 +36,13 @@ class Held(NamedTuple):
 
 
 class FlashCache:
-    """The cache in `folder`, of at most `capacity` bytes of blobs; None: a share of what is free.
+    """The cache in `folder` (None: the usual), of at most `capacity` bytes of blobs (None: a share of what is free).
 
     Of several processes one writes, the others only read. Several threads may call.
     """
 
-    def __init__(self, folder: Path, capacity: int | None = None) -> None:
+    def __init__(self, folder: Path | None, capacity: int | None = None) -> None:
+        folder = folder or default_folder()
         self.folder, self._blobs = folder, folder / "blobs"
         try:
             self._blobs.mkdir(parents=True, exist_ok=True)

@@ -16,8 +16,9 @@ import obstore
 from obstore import exceptions as errors
 from obstore.store import from_url
 
-from comoe.net.access import is_url
+from comoe.net.address import Access, is_url
 from comoe.net.breaker import FAILURES, Breaker, Throttle
+from comoe.store.manifest import Manifest
 from comoe.types import PackError, RemoteUnavailable, UsageError
 
 CONNECT_S, SILENT_S = 3.0, 20.0
@@ -37,21 +38,18 @@ MEASURED_BYTES = 256 * 1024
 class Origin:
     """The folder of files at `url`. Several threads may read at once.
 
-    `token` is sent as a bearer token; `ca` are certificates, in PEM, to trust beside the system's; no more than `bps`
-    bytes per second are taken.
+    No more comes than `access` says that the link carries.
     """
 
-    def __init__(
-        self, url: str, *, token: str | None = None, ca: bytes | None = None, bps: float | None = None
-    ) -> None:
+    def __init__(self, url: str, access: Access) -> None:
         if not is_url(url) or not urlsplit(url).netloc:
             raise UsageError(
                 f"{url!r} is no address of a pack: give one such as https://host/pack or s3://bucket/pack."
             )
         self.url, self.tier = url.rstrip("/"), "origin"
-        self._store = _store(self.url, token, ca)
+        self._store = _store(self.url, access)
         self._breaker, self._why = Breaker(monotonic), ""
-        self._throttle = Throttle(bps, monotonic, sleep) if bps else None
+        self._throttle = Throttle(access.link[0], monotonic, sleep) if access.link else None
 
     def fetch(self, name: str, start: int, into: memoryview) -> None:
         """Fill `into` from byte `start` of the file `name`. Raises RemoteUnavailable, PackError, UsageError."""
@@ -74,8 +72,9 @@ class Origin:
             found += chunk
         return bytes(found), size[0]
 
-    def measured(self, name: str) -> tuple[float, float]:
-        """Bytes per second and seconds of a round trip, by a small and a larger range of the file `name`."""
+    def measured(self, manifest: Manifest) -> tuple[float, float]:
+        """Bytes per second and seconds of a round trip, by a small and a larger range of one of the pack's files."""
+        name = next(part.file for layer in manifest.layers for part in layer.parts.values() if part.file)
         self.head(name, 1)  # connects
         start_s = monotonic()
         self.head(name, 1)
@@ -142,13 +141,13 @@ class Origin:
         return False
 
 
-def _store(url: str, token: str | None, ca: bytes | None) -> Any:
+def _store(url: str, access: Access) -> Any:
     """obstore's client of the folder at `url`; for a bucket keys and endpoint come from AWS_* as for its own tools."""
-    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    headers = {"Authorization": f"Bearer {access.token}"} if access.token else {}
     client: dict[str, Any] = {"connect_timeout": timedelta(seconds=CONNECT_S), "timeout": timedelta(seconds=SILENT_S)}
     client |= {"allow_http": True, "default_headers": headers, "user_agent": "comoe"}
-    if ca is not None:
-        client["root_certificate"] = ca
+    if access.ca is not None:
+        client["root_certificate"] = access.ca
     retries: Any = {"max_retries": 0, "retry_timeout": timedelta(seconds=SILENT_S)}  # `Origin` tries again itself
     try:
         return from_url(url, client_options=client, retry_config=retries)  # type: ignore[call-overload]

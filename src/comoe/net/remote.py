@@ -6,7 +6,7 @@ from urllib.parse import urlsplit
 
 from blake3 import blake3
 
-from comoe.net.access import Access
+from comoe.net.address import Access
 from comoe.net.flash import FlashCache
 from comoe.net.origin import Origin
 from comoe.store.blobfile import BlobFile, header_bytes, parse_header
@@ -21,8 +21,11 @@ class RemotePack(Pack):
     Without a link it opens as it was seen last, and reads what flash has.
     """
 
+    remote = True
+
     def __init__(self, url: str, access: Access, source: Path | None = None) -> None:
-        self._access, self._origin, self._cache = access, access.origin(url), access.flash()
+        self._link, self._origin = access.link, Origin(url, access)
+        self._cache = FlashCache(access.cache, access.cache_bytes)
         with self._cache.mirroring(mirror_name(self._origin.url)) as folder:
             self._mirror(folder, source)
             super().__init__(folder, source=source)
@@ -64,7 +67,9 @@ class RemotePack(Pack):
 
     def reading(self) -> tuple[float, float]:
         """Bytes per second of the link and seconds of its round trip: as said, or as measured now."""
-        return self._access.reading(self._origin.url, self.manifest)
+        if self._link is None:
+            self._link = self._origin.measured(self.manifest)
+        return self._link
 
     def close(self) -> None:
         super().close()
@@ -91,11 +96,15 @@ class RemotePack(Pack):
         return f"{self._origin.url}: layer {blob.layer}, part {blob.part!r}, row {blob.row}"
 
 
-def describe(origin: Origin, cache: FlashCache) -> Path:
-    """The mirror of the pack at `origin`, with its manifest and small files, as they are or as they were seen last."""
-    with cache.mirroring(mirror_name(origin.url)) as folder:
-        _describe(origin, folder)
-        return folder
+def describe(url: str, access: Access) -> Path:
+    """The mirror of the pack at `url`, with its manifest and small files, as they are or as they were seen last."""
+    origin, cache = Origin(url, access), FlashCache(access.cache, access.cache_bytes)
+    try:
+        with cache.mirroring(mirror_name(origin.url)) as folder:
+            _describe(origin, folder)
+            return folder
+    finally:
+        cache.close()
 
 
 def _describe(origin: Origin, folder: Path) -> None:

@@ -19,9 +19,11 @@ from comoe.memory.cache import BlobCache
 from comoe.memory.policy import POLICIES, Policy
 from comoe.memory.predict import Frequent, Learned, Predictor, Previous
 from comoe.memory.prefetch import PREFETCHES, Prefetcher
-from comoe.net.access import Access, open_pack
+from comoe.net.address import Access
+from comoe.net.place import open_pack
 from comoe.net.remote_run import Node
 from comoe.plan.cost import Costs
+from comoe.plan.early import early
 from comoe.plan.footprint import FIRST_USE_FILE_BYTES, Workload, advised, beside_experts, dtype_of, unseen_bytes
 from comoe.plan.ladder import Band, Ladder, ladder_of
 from comoe.plan.ledger import Ledger
@@ -47,6 +49,9 @@ from comoe.store.profile import Profile, read_profile
 from comoe.store.source import Source
 from comoe.types import DoesNotFit, UsageError
 from comoe.units import format_size, parse_budget, parse_share, parse_size
+
+LINK_THREADS = 4
+"""Reads in flight over a network, whose round trips overlap."""
 
 
 class NewCache(Protocol):
@@ -188,7 +193,7 @@ class Loader:
         self._dtype = TORCH_DTYPES[self._work.dtype]
         self.pin = _pin(self.ladder, options)
         self._source = TimedSource(pack, perf_counter)
-        self.new_cache: NewCache = BlobCache
+        self.new_cache: NewCache = partial(BlobCache, io_threads=LINK_THREADS) if pack.remote else BlobCache
         process.steady_malloc()
         process.bound_kernel_caches()
         use_threads(options.threads)
@@ -258,9 +263,14 @@ class Loader:
 
     def _plan(self, planner: Planner, budget: int) -> Plan:
         """The best plan in `budget` bytes of experts, or the one that may not be chosen. Raises DoesNotFit."""
-        if self.pin is not None:
-            return pinned(self.ladder, self.pin, budget)
-        return planner.best(budget, self.options.max_loss)
+        pin = self._pinned_in(budget)
+        return planner.best(budget, self.options.max_loss) if pin is None else pinned(self.ladder, pin, budget)
+
+    def _pinned_in(self, budget: int) -> Pin | None:
+        """What the plan may not choose in `budget` bytes of experts: where bytes are to come, an early answer."""
+        if self.pin is not None or not self.pack.remote:
+            return self.pin
+        return early(self.ladder, budget, self.options.max_loss)
 
     def _followed(self, model: Any, planner: Planner) -> Any:
         """`model`, with its choices kept and its device watched as far as that is wanted."""
@@ -273,8 +283,9 @@ class Loader:
         return model
 
     def _replan(self, planner: Planner, profile: Profile, budget: int) -> Plan:
-        if self.pin is not None:
-            return pinned(self.ladder, self.pin, budget)
+        pin = self._pinned_in(budget)
+        if pin is not None:
+            return pinned(self.ladder, pin, budget)
         known = ladder_of(self.pack.manifest, profile)
         return replace(planner, ladder=known).best(budget, self.options.max_loss)
 
@@ -346,9 +357,10 @@ class Loader:
             prices, options = self.ladder.prices(plan.target, plan.floor), self.options
             ledger = Ledger(prices, options.max_loss, manifest.routing_price)
             prefetcher = self._prefetcher(foresight or {}) if streams else None
-            serving = Serving(manifest, cache, plan, ledger, prefetcher=prefetcher)
+            serving = Serving(manifest, cache, plan, ledger, prefetcher=prefetcher, early=self.pack.remote)
+            most_used = sorted(manifest.expert_ids, key=lambda expert: -self.ladder.use[expert.layer][expert.expert])
             if plan.floor is not None:
-                ways = [serving.way(*expert, plan.floor) for expert in manifest.expert_ids]
+                ways = [serving.way(*expert, plan.floor) for expert in most_used]
                 cache.hold(list(dict.fromkeys(blob for way in ways for blob in way.blobs)))
             maths = self._maths(model)
             serving.remote = self._remote(maths[0])
@@ -359,6 +371,8 @@ class Loader:
                 attach_bias(model, serving, options.routing_bias)
             handle = Comoe(self.pack, serving, self.options.context, promise, earlier_peak)
             object.__setattr__(model, "comoe", handle)
+            if self.pack.remote and plan.floor is not None:
+                cache.prefetch([serving.way(*expert, plan.target).blobs for expert in most_used])
             on_failure.pop_all()  # from here on the handle closes the cache
         return model
 

@@ -29,11 +29,13 @@ class Pieces:
 
 
 class Pack:
-    """A pack in a local folder, a `Source` that reads from flash.
+    """A pack in a local folder, a `Source` that reads from flash; `remote` where bytes may have to come first.
 
     `source` overrides the folder of the checkpoint, where it has moved. Several threads may read at once, but none
     while another closes.
     """
+
+    remote = False
 
     def __init__(self, folder: Path, *, source: Path | None = None) -> None:
         self.folder = folder

@@ -17,7 +17,8 @@ from obstore.store import S3Store
 from webs import Web, serving
 
 from comoe.net import origin
-from comoe.net.access import Access, is_url, open_pack
+from comoe.net.address import Access, is_url
+from comoe.net.place import open_pack
 
 PROMPT = ("--prompt", "the quick brown fox", "--max-new-tokens", "4", "--temperature", "0", "--expert-memory", "40%")
 
