@@ -1,6 +1,7 @@
 """`comoe edge`, a process that real sockets talk to: files, ranges, limits, the door, the end."""
 
 import shutil
+import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
@@ -294,6 +295,23 @@ def test_what_the_origin_does_not_give_is_said_and_the_rest_is_served(toy: Path,
         answer = node.file(PACK, second.name, range="bytes=4096-4999")
         assert answer.status == 502 and answer.sentence
         assert node.file(PACK, first.name).body == first.read_bytes()
+
+
+def test_an_origin_that_stalls_stops_nothing_that_is_in_memory(toy: Path, tmp_path: Path) -> None:
+    with running(toy) as origin, running(f"{origin.url}/packs/{PACK}", "--cache", tmp_path / "cache") as node:
+        first, second = blob_file(toy), blob_file(toy, 1)
+        assert node.file(PACK, first.name).status == 200
+        origin.process.send_signal(signal.SIGSTOP)
+        held = [node.connect() for _ in range(12)]
+        for connection in held:
+            connection.sendall(f"GET /packs/{PACK}/{second.name} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        until(lambda: node.metric("comoe_num_requests_running") == len(held))
+        assert node.file(PACK, first.name).body == first.read_bytes()
+        assert node.metric("comoe_num_requests_running") == len(held)
+        origin.process.send_signal(signal.SIGCONT)
+        assert all(connection.recv(1000).startswith(b"HTTP/1.1 200 ") for connection in held)
+        for connection in held:
+            connection.close()
 
 
 def toy_blobs(folder: Path) -> list[int]:
