@@ -1,7 +1,10 @@
 """`comoe edge`, a process that real sockets talk to: files, ranges, limits, the door, the end."""
 
+import os
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
@@ -9,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from commands import Comoe
-from edges import Edge, running, until
+from edges import SRC, Edge, running, until
 from packs import write_pack
 
 from comoe.store.manifest import MANIFEST, read_manifest
@@ -263,6 +266,16 @@ def test_flags_that_cannot_be_are_refused_in_a_sentence(
 ) -> None:
     result = comoe("edge", toy, *words)
     assert result.code == 2 and sentence in result.sentence
+
+
+WITHOUT = "import sys; sys.modules[sys.argv.pop(1)] = None; from comoe.cli import main; main()"
+
+
+@pytest.mark.parametrize("package", ["uvicorn", "httptools", "prometheus_client"])
+def test_what_is_not_installed_is_named_with_its_extra(toy: Path, package: str) -> None:
+    words = [sys.executable, "-c", WITHOUT, package, "edge", str(toy), "--listen", "127.0.0.1:0"]
+    done = subprocess.run(words, env={**os.environ, "PYTHONPATH": str(SRC)}, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and done.stderr.strip().endswith(f"needs {package}: pip install 'comoe[edge]'.")
 
 
 def test_a_short_token_and_two_packs_of_one_name_are_refused(comoe: Comoe, toy: Path, tmp_path: Path) -> None:
