@@ -1,6 +1,10 @@
 """`comoe edge`, a process that real sockets talk to: files, ranges, limits, the door, the end."""
 
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
@@ -8,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from commands import Comoe
-from edges import Edge, running, until
+from edges import SRC, Edge, running, until
 from packs import write_pack
 
 from comoe.store.manifest import MANIFEST, read_manifest
@@ -264,6 +268,16 @@ def test_flags_that_cannot_be_are_refused_in_a_sentence(
     assert result.code == 2 and sentence in result.sentence
 
 
+WITHOUT = "import sys; sys.modules[sys.argv.pop(1)] = None; from comoe.cli import main; main()"
+
+
+@pytest.mark.parametrize("package", ["uvicorn", "httptools", "prometheus_client"])
+def test_what_is_not_installed_is_named_with_its_extra(toy: Path, package: str) -> None:
+    words = [sys.executable, "-c", WITHOUT, package, "edge", str(toy), "--listen", "127.0.0.1:0"]
+    done = subprocess.run(words, env={**os.environ, "PYTHONPATH": str(SRC)}, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and done.stderr.strip().endswith(f"needs {package}: pip install 'comoe[edge]'.")
+
+
 def test_a_short_token_and_two_packs_of_one_name_are_refused(comoe: Comoe, toy: Path, tmp_path: Path) -> None:
     (tmp_path / "token").write_text("short")
     assert "at least 16" in comoe("edge", toy, "--token-file", tmp_path / "token").sentence
@@ -294,6 +308,23 @@ def test_what_the_origin_does_not_give_is_said_and_the_rest_is_served(toy: Path,
         answer = node.file(PACK, second.name, range="bytes=4096-4999")
         assert answer.status == 502 and answer.sentence
         assert node.file(PACK, first.name).body == first.read_bytes()
+
+
+def test_an_origin_that_stalls_stops_nothing_that_is_in_memory(toy: Path, tmp_path: Path) -> None:
+    with running(toy) as origin, running(f"{origin.url}/packs/{PACK}", "--cache", tmp_path / "cache") as node:
+        first, second = blob_file(toy), blob_file(toy, 1)
+        assert node.file(PACK, first.name).status == 200
+        origin.process.send_signal(signal.SIGSTOP)
+        held = [node.connect() for _ in range(12)]
+        for connection in held:
+            connection.sendall(f"GET /packs/{PACK}/{second.name} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        until(lambda: node.metric("comoe_num_requests_running") == len(held))
+        assert node.file(PACK, first.name).body == first.read_bytes()
+        assert node.metric("comoe_num_requests_running") == len(held)
+        origin.process.send_signal(signal.SIGCONT)
+        assert all(connection.recv(1000).startswith(b"HTTP/1.1 200 ") for connection in held)
+        for connection in held:
+            connection.close()
 
 
 def toy_blobs(folder: Path) -> list[int]:

@@ -7,7 +7,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from policies import blob
 
 from comoe.memory.policy import LFU, LRU
-from comoe.memory.residency import Phase, Residency, Ticket
+from comoe.memory.residency import MOST_HINTS, Phase, Residency, Ticket
 from comoe.types import BlobId, DoesNotFit
 
 LARGEST = 9  # three parts of 3
@@ -205,6 +205,13 @@ def test_what_is_foreseen_is_read_after_demands_and_before_hints_the_likeliest_f
     core.foresee([group(6), group(3)])
     core.demand(group(0))
     assert load_all(core) == [blob(0), blob(6), blob(3), blob(9)]
+
+
+def test_of_hints_without_end_the_last_are_kept() -> None:
+    core = make(14)
+    for row in range(2 * MOST_HINTS):
+        core.prefetch([BlobId(1, "exact", 3 * row)])
+    assert core.next_load() == BlobId(1, "exact", 3 * MOST_HINTS)
 
 
 def test_what_was_foreseen_before_is_read_no_more() -> None:

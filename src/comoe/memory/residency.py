@@ -16,6 +16,9 @@ from comoe.types import BlobId, DoesNotFit
 
 Group = tuple[BlobId, ...]
 
+MOST_HINTS = 1 << 14
+"""Of more blobs that were merely hinted at, the oldest hints are forgotten: whoever hints may never stop."""
+
 
 class Phase(Enum):
     """A ticket's life: waiting for room, waiting for bytes, pinned and whole, or broken."""
@@ -87,7 +90,7 @@ class Residency:
         self._held_bytes = 0
         self._queue: deque[Ticket] = deque()
         self._active: dict[int, Ticket] = {}
-        self._hints: deque[BlobId] = deque()
+        self._hints: deque[BlobId] = deque(maxlen=MOST_HINTS)
         self._foreseen: dict[BlobId, None] = {}
         self._starting: deque[BlobId] = deque()
         self._evicting: list[BlobId] = []

@@ -5,7 +5,7 @@ from itertools import accumulate
 from typing import NamedTuple
 
 from comoe.plan.ledger import Ledger
-from comoe.plan.planner import Plan
+from comoe.plan.planner import BACKGROUND_SHARE, Plan
 
 
 class MissRule(NamedTuple):
@@ -31,10 +31,15 @@ class MissTimes(NamedTuple):
 
 def num_away(nbytes: Sequence[int], times: MissTimes) -> int:
     """How many of a layer's missing experts, of so many bytes each, an edge node runs: the last ones, while the others
-    are read here one after the other. What is done first; of two that are, the fewest."""
+    are read here one after the other. What costs least; of two that do, the fewest.
+
+    What was run away is read in the background, which takes its share of the time of other reads.
+    """
     read_s = [0.0, *(total * times.byte_s for total in accumulate(nbytes))]
 
     def seconds(away: int) -> float:
-        return max(read_s[len(nbytes) - away], times.exchange_s + away * times.run_s if away else 0.0)
+        here_s = read_s[len(nbytes) - away]
+        away_s = times.exchange_s + away * times.run_s if away else 0.0
+        return max(here_s, away_s) + BACKGROUND_SHARE * (read_s[-1] - here_s)
 
     return min(range(len(nbytes) + 1), key=seconds)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as Late
 from dataclasses import dataclass, replace
+from statistics import median
 from typing import NamedTuple
 
 import numpy as np
@@ -28,13 +29,14 @@ RECENT = 0.2
 
 PATIENCE = 4.0
 LEAST_PATIENCE_S = 0.05
-"""An answer that takes longer than so many times what was expected, and than this, is not waited for."""
+"""An answer that takes longer than so many times what was expected, than this, and than reading instead, is not waited
+for."""
 
 REST_S, LONGEST_REST_S = 1.0, 30.0
 """How long a node is left alone after a failure, and after several: twice as long each time."""
 
 REFRESH_S = 2.0
-"""A node that was not used for so long is asked for its health, to know what its link is now."""
+"""A node that was not used for so long is asked the known question, to know what its link is now."""
 
 CLOSE = 1e-3
 """Of the largest output: how far a node's numbers may be from the device's where outputs may lose something."""
@@ -50,11 +52,21 @@ class Wanted(NamedTuple):
     tokens: tuple[int, ...]
 
 
+class Known(NamedTuple):
+    """A question of one use, this device's answer, and how far from it a node's may be."""
+
+    question: RunRequest
+    answer: Floats
+    tolerance: float
+
+
 @dataclass(slots=True)
 class Link:
-    """A node, and what exchanges with it take: `exchange_s` beside the `run_s` of each use."""
+    """A node, and what exchanges with it take: `exchange_s` beside the `run_s` of each use. `thread` talks to it."""
 
     remote: RemoteRun
+    known: Known
+    thread: ThreadPoolExecutor
     exchange_s: float = 0.0
     run_s: float = 0.0
     failures: int = 0
@@ -69,6 +81,22 @@ class Link:
 
     def heard(self, now_s: float) -> None:
         self.failures, self.heard_s = 0, now_s
+
+    def ask(self) -> Timed:
+        """Ask the known question. Raises RemoteUnavailable where the answer is wrong."""
+        timed = self.remote.run(replace(self.known.question, identity=self.remote.identity))
+        difference = float(np.abs(timed.answer.y - self.known.answer).max())
+        if not difference <= self.known.tolerance:  # NaN is wrong, too
+            raise RemoteUnavailable(
+                f"{self.remote.url} computes experts otherwise than this device, by {difference:.2g}: exact outputs "
+                "need the same kernel there; allow a loss with --max-loss, or leave out --edge."
+            )
+        return timed
+
+    def close(self) -> None:
+        """Waits for an exchange that is under way."""
+        self.thread.shutdown(cancel_futures=True)
+        self.remote.close()
 
     def failed(self, now_s: float) -> None:
         self.rests_until_s = now_s + min(LONGEST_REST_S, REST_S * 2**self.failures)
@@ -95,7 +123,7 @@ class Sent:
 
 
 class RemoteTier:
-    """The edge nodes of a model, known to be right. One thread calls; another one talks to the nodes.
+    """The edge nodes of a model, known to be right. One thread calls; each node has one that talks to it.
 
     `byte_s` says what reading a byte here takes, None while that is unknown.
     """
@@ -105,7 +133,6 @@ class RemoteTier:
     ) -> None:
         self._links, self._byte_s, self._clock = links, byte_s, clock
         self._forms = {form: at for at, form in enumerate(manifest.forms)}
-        self._thread = ThreadPoolExecutor(1, "comoe-edge")
         self.counts = RemoteCounts()
 
     def send(self, layer: int, plain: PlainMath, wanted: Sequence[Wanted], x: Tensor) -> Sent | None:
@@ -124,8 +151,9 @@ class RemoteTier:
         if len(request.uses) > MAX_USES:
             return None
         expected_s = link.exchange_s + len(request.uses) * link.run_s
-        exchange = self._thread.submit(link.remote.run, request)
-        return Sent(some, exchange, link, max(LEAST_PATIENCE_S, PATIENCE * expected_s))
+        exchange = link.thread.submit(link.remote.run, request)
+        reading_s = byte_s * sum(use.nbytes for use in some)
+        return Sent(some, exchange, link, max(LEAST_PATIENCE_S, PATIENCE * expected_s, reading_s))
 
     def outputs(self, sent: Sent, dtype: torch.dtype) -> list[Tensor] | None:
         """What a node computed, for each use (rows, H); None where it failed, or is too late."""
@@ -144,9 +172,8 @@ class RemoteTier:
         return list(torch.split(found, rows))
 
     def close(self) -> None:
-        self._thread.shutdown(cancel_futures=True)
         for link in self._links:
-            link.remote.close()
+            link.close()
 
     def _usable(self, now_s: float) -> list[Link]:
         return [link for link in self._links if now_s >= link.rests_until_s and not link.failures]
@@ -156,19 +183,16 @@ class RemoteTier:
         for link in self._links:
             if now_s >= link.rests_until_s and now_s - link.heard_s > REFRESH_S:
                 link.heard_s = now_s
-                self._thread.submit(self._ask, link)
+                link.thread.submit(self._ask, link)
 
     def _ask(self, link: Link) -> None:
-        start_s = self._clock()
+        """Is the node there, right, and how quick?"""
         try:
-            health = link.remote.health()
+            timed = link.ask()
         except ComoeError:
             link.failed(self._clock())
-            return
-        if health.get("status") == "ok":
-            seconds = self._clock() - start_s
-            link.exchange_s = seconds if link.failures else link.exchange_s + RECENT * (seconds - link.exchange_s)
-            link.heard(self._clock())
+        else:
+            link.learn(timed, 1, self._clock())
 
     def _request(self, link: Link, layer: int, plain: PlainMath, wanted: Sequence[Wanted], x: Tensor) -> RunRequest:
         rows = [len(use.tokens) for use in wanted]
@@ -190,41 +214,38 @@ def open_links(
 
     RemoteUnavailable where none does; UsageError where one does not know the token.
     """
-    question, answer = _known(pack, plain)
-    links, problems = [], []
+    known, identity = _known(pack, plain, exact), manifest_hash(pack.folder)
+    links: list[Link] = []
+    problems = []
     for node in nodes:
-        remote = RemoteRun(node, manifest_hash(pack.folder), clock)
+        link = Link(RemoteRun(node, identity, clock), known, ThreadPoolExecutor(1, "comoe-edge"))
         try:
-            links.append(_checked(remote, question, answer, exact, clock))
-        except RemoteUnavailable as error:
+            _measure(link, clock)
+        except ComoeError as error:
+            link.close()
+            if not isinstance(error, RemoteUnavailable):
+                for opened in links:
+                    opened.close()
+                raise
             problems.append(str(error))
-            remote.close()
+        else:
+            links.append(link)
     if nodes and not links:
         raise RemoteUnavailable(problems[0])
     return links
 
 
-def _checked(remote: RemoteRun, question: RunRequest, answer: Floats, exact: bool, clock: Callable[[], float]) -> Link:
-    link = Link(remote)
-    asked = replace(question, identity=remote.identity)
-    remote.run(asked)  # its blobs may have to be read first
-    found = [remote.run(asked) for _ in range(PROBES)]
-    for timed in found:
-        difference = np.abs(timed.answer.y - answer).max()
-        if difference > (0.0 if exact else CLOSE * np.abs(answer).max()):
-            raise RemoteUnavailable(
-                f"{remote.url} computes experts otherwise than this device, by {difference:.2g}: exact outputs need "
-                "the same kernel there; allow a loss with --max-loss, or leave out --edge."
-            )
-    exchanges = sorted(max(0.0, timed.seconds - timed.answer.seconds) for timed in found)
-    runs = sorted(timed.answer.seconds for timed in found)
-    link.exchange_s, link.run_s = exchanges[PROBES // 2], runs[PROBES // 2] / len(question.uses)
+def _measure(link: Link, clock: Callable[[], float]) -> None:
+    """What exchanges with a node take. Raises RemoteUnavailable where it is not there, or wrong."""
+    link.ask()  # its blobs may have to be read first
+    found = [link.ask() for _ in range(PROBES)]
+    link.exchange_s = median(max(0.0, timed.seconds - timed.answer.seconds) for timed in found)
+    link.run_s = median(timed.answer.seconds for timed in found)
     link.heard(clock())
-    return link
 
 
-def _known(pack: Pack, plain: PlainMath) -> tuple[RunRequest, Floats]:
-    """A question about one exact expert, and this device's answer."""
+def _known(pack: Pack, plain: PlainMath, exact: bool) -> Known:
+    """A question about one exact expert."""
     manifest = pack.manifest
     blobs = manifest.blobs(ExpertId(0, 0), "exact")
     data = [np.frombuffer(pack.read_bytes(blob), np.uint8) for blob in blobs]
@@ -233,4 +254,5 @@ def _known(pack: Pack, plain: PlainMath) -> tuple[RunRequest, Floats]:
     form = np.array([manifest.forms.index("exact")], np.uint8)
     uses = Uses(one, one, np.ones(1, np.float32), form)
     question = RunRequest(b"", 0, "float32", plain.activation, plain.gated, uses, x)
-    return question, plain.run("exact", data, x)
+    answer = plain.run("exact", data, x)
+    return Known(question, answer, 0.0 if exact else CLOSE * float(np.abs(answer).max()))

@@ -4,7 +4,6 @@ What a device may ask for is docs/network.md. Sockets, TLS and signals are `serv
 """
 
 import asyncio
-from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
 from time import perf_counter
 from typing import Annotated, Any
@@ -24,11 +23,10 @@ from comoe.serve.expertruns import ExpertRuns, Key, same_pack
 from comoe.serve.gate import Gate, refusal
 from comoe.serve.limits import Limits
 from comoe.serve.metrics import Metrics
-from comoe.serve.sending import BINARY, FileAnswer
+from comoe.serve.sending import BINARY, FileAnswer, Readers
 from comoe.serve.shelf import Served, Shelf
 from comoe.types import ExpertId, HostileMessage, PackError, RemoteUnavailable
 
-READERS = 8
 SENTENCES = {
     404: "there is nothing here: ask for /packs/NAME/FILE.",
     405: "this cannot be done here: packs are read only.",
@@ -48,7 +46,7 @@ class EdgeNode:
 
     def __init__(self, shelf: Shelf, token: str | None, limits: Limits, metrics: Metrics) -> None:
         self.shelf, self.limits, self.metrics = shelf, limits, metrics
-        self._readers = ThreadPoolExecutor(READERS, "comoe-read")
+        self._readers = Readers.start()
         self._runs = ExpertRuns(shelf, metrics)
         self._batcher = Batcher(self._runs.run, limits.threads, limits.window_s)
         metrics.gauge("comoe_num_requests_waiting", "Runs that wait for a thread", lambda: self._batcher.queue)
@@ -68,7 +66,7 @@ class EdgeNode:
 
     def close(self) -> None:
         self._batcher.close()
-        self._readers.shutdown()
+        self._readers.close()
         self.shelf.close()
 
     async def _health(self, request: Request) -> Response:
@@ -120,6 +118,10 @@ class EdgeNode:
     async def _outputs(self, key: Key, asked: RunRequest) -> Floats:
         try:
             async with asyncio.timeout(self.limits.run_s):
+                missing = self._runs.missing(key, asked)
+                if missing:
+                    loop = asyncio.get_running_loop()
+                    await loop.run_in_executor(self._readers.waiting, self._runs.fetch, missing)
                 return await self._batcher.outputs(key, asked)
         except TimeoutError as error:
             raise HTTPException(503, f"experts were not there within {self.limits.run_s:g} seconds.") from error

@@ -39,6 +39,7 @@ class ExpertRuns:
     def __init__(self, shelf: Shelf, metrics: Metrics) -> None:
         self._shelf, self._metrics = shelf, metrics
         self._maths = cache(self._math)
+        self._fetched: set[tuple[BlobId, ...]] = set()
 
     def check(self, key: Key, request: RunRequest) -> None:
         """Raise HostileMessage where a request asks for what the pack has not."""
@@ -53,6 +54,18 @@ class ExpertRuns:
         if int(request.uses.expert.max()) >= site.num_experts or int(request.uses.form.max()) >= len(manifest.forms):
             raise HostileMessage("there is no such expert, or no such form.")
 
+    def missing(self, key: Key, request: RunRequest) -> list[tuple[BlobId, ...]]:
+        """What has to be read before `request` can run."""
+        served = self._shelf.packs[key.pack]
+        groups = [self._group(served, key.layer, expert, form) for expert, form in _places([request])]
+        resident = self._shelf.cache.residents(groups)
+        return [group for group, there in zip(groups, resident, strict=True) if not there]
+
+    def fetch(self, groups: Sequence[tuple[BlobId, ...]]) -> None:
+        """Wait for what is missing. Raises CorruptBlob, RemoteUnavailable."""
+        self._shelf.fetch(groups)
+        self._fetched.update(groups)
+
     def run(self, key: Key, requests: Sequence[RunRequest]) -> list[Floats]:
         """The outputs (U, H) of each of `requests`, which were checked. Raises PackError for a broken blob."""
         served = self._shelf.packs[key.pack]
@@ -63,7 +76,10 @@ class ExpertRuns:
         hits, began_s = self._shelf.cache.residents(groups), perf_counter()
         for at, blobs in self._shelf.cache.serve(groups):
             (_, form), found = wanted[at]
-            self._shelf.count(groups[at], perf_counter() - began_s, hit=hits[at])
+            if groups[at] in self._fetched:  # counted as it was
+                self._fetched.discard(groups[at])
+            else:
+                self._shelf.count(groups[at], perf_counter() - began_s, hit=hits[at])
             self._compute(key, served.pack.manifest.forms[form], blobs, (found, requests, outputs))
             began_s = perf_counter()
         return outputs

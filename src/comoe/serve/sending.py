@@ -1,7 +1,8 @@
 """A file of a pack as an HTTP answer: whole or a range, in slices, no faster than its reader takes it."""
 
 import asyncio
-from concurrent.futures import Executor
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -14,12 +15,28 @@ from comoe.types import PackError, RemoteUnavailable
 
 CONTENT_TYPES = {".json": "application/json"}
 BINARY = "application/octet-stream"
+COPYING, WAITING = 2, 16
+
+
+class Readers(NamedTuple):
+    """Threads that copy what is in memory, and others that wait for flash or an origin, which may be slow."""
+
+    copying: ThreadPoolExecutor
+    waiting: ThreadPoolExecutor
+
+    @staticmethod
+    def start() -> "Readers":
+        return Readers(ThreadPoolExecutor(COPYING, "comoe-copy"), ThreadPoolExecutor(WAITING, "comoe-read"))
+
+    def close(self) -> None:
+        self.copying.shutdown()
+        self.waiting.shutdown()
 
 
 class FileAnswer:
     """Answers one GET or HEAD for `file`; reads in the threads of `readers`."""
 
-    def __init__(self, shelf: Shelf, served: Served, file: ServedFile, readers: Executor) -> None:
+    def __init__(self, shelf: Shelf, served: Served, file: ServedFile, readers: Readers) -> None:
         self._shelf, self._served, self._file, self._readers = shelf, served, file, readers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -68,8 +85,9 @@ class FileAnswer:
             gone.cancel()
 
     async def _read(self, span: Span) -> bytes | bytearray:
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._readers, self._shelf.read, self._served, self._file, span)
+        loop, shelf, readers = asyncio.get_running_loop(), self._shelf, self._readers
+        threads = readers.copying if shelf.resident(self._served, self._file, span) else readers.waiting
+        return await loop.run_in_executor(threads, shelf.read, self._served, self._file, span)
 
 
 def _slices(span: Span) -> list[Span]:

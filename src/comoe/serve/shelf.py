@@ -22,7 +22,8 @@ from comoe.store.manifest import MANIFEST
 from comoe.store.pack import Pack
 from comoe.types import BlobId, CorruptBlob
 
-IO_THREADS = 2
+IO_THREADS = 4
+"""Reads in flight: of an origin's, round trips overlap."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +93,18 @@ class Shelf:
             self._read_rows(served, file, Span(span.start + len(head), span.stop), memoryview(out)[len(head) :])
         return out
 
+    def resident(self, served: Served, file: ServedFile, span: Span) -> bool:
+        """Whether the bytes `span` of a file are all in memory."""
+        rows = [] if file.header is None else _rows(file.header, span)
+        groups = [self.group(served, (BlobId(file.layer, file.part, row),)) for row in rows]
+        return file.header is not None and all(self.cache.residents(groups))
+
+    def fetch(self, groups: Sequence[tuple[BlobId, ...]]) -> None:
+        """Wait until each of `groups` has been in memory. Raises CorruptBlob, RemoteUnavailable."""
+        start_s = perf_counter()
+        for at, _ in self.cache.serve(groups):
+            self.count(groups[at], perf_counter() - start_s, hit=False)
+
     def warm(self, served: Served, groups: Sequence[tuple[BlobId, ...]]) -> None:
         """Read blobs of a pack when nothing else is to be read."""
         self.cache.prefetch([self.group(served, blobs) for blobs in groups])
@@ -126,9 +139,7 @@ class Shelf:
         """Rows of a blob file; what lies between them is zero."""
         header = file.header
         assert header is not None
-        first = (span.start - header.data_start) // header.stride
-        last = (span.stop - 1 - header.data_start) // header.stride
-        for row in range(first, min(last + 1, header.rows)):
+        for row in _rows(header, span):
             start = header.offset(row)
             wanted = Span(max(span.start, start), min(span.stop, start + header.nbytes))
             if wanted.nbytes > 0:
@@ -141,6 +152,13 @@ class Shelf:
         for _, (buffer,) in self.cache.serve([group]):
             into[:] = buffer[start : start + len(into)].data
         self.count(group, perf_counter() - began_s, hit=hit)
+
+
+def _rows(header: BlobFile, span: Span) -> range:
+    """The rows of a blob file that `span` touches, or their padding."""
+    first = max(0, (span.start - header.data_start) // header.stride)
+    last = (span.stop - 1 - header.data_start) // header.stride
+    return range(first, min(last + 1, header.rows))
 
 
 def _served(at: int, pack: Pack) -> Served:
