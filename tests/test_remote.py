@@ -15,6 +15,7 @@ from comoe.net import origin
 from comoe.net.address import Access
 from comoe.net.place import open_pack
 from comoe.net.remote import RemotePack, mirror_name
+from comoe.plan.pin import Pin
 from comoe.store.pack import Pack
 from comoe.store.source import Source
 from comoe.types import BlobId, CorruptBlob, PackError, RemoteUnavailable
@@ -203,3 +204,25 @@ def test_the_first_answer_comes_early_and_gets_better_as_bytes_come(web: Web, tm
             model.generate(ids, max_new_tokens=4, do_sample=False)
             rates.append(handle.stats()["floor_rate"])
         assert rates[0] > 0.3 and rates[-1] == 0
+
+
+def test_without_a_link_answers_come_from_the_floor_as_far_as_the_bound_allows(web: Web, tmp_path: Path) -> None:
+    import torch
+
+    from comoe.runtime.load import Loader, Options
+
+    ids = torch.arange(12)[None]
+    loader = Loader(RemotePack(web.url, Access(tmp_path / "cache", 0)), Options(5.0, 64, prefetch="off"))
+    loader.pin = Pin("2.93%", "exact", 0.0)  # a miss always waits, as long as there is a link
+    model = loader.as_pinned(10 * loader.pack.manifest.expert_bytes_bf16)
+    with model.comoe as handle:
+        serving, hints = handle._serving, []
+        serving.cache.prefetch = hints.extend
+        web.leave_after = 0
+        model.generate(ids, max_new_tokens=4, do_sample=False)
+        stats = handle.stats()
+        assert stats["link_failures"] > 0 and stats["floor_rate"] > 0.5
+        assert stats["loss_ledger"] <= 5.0
+        serving.ledger.bound = -1.0
+        with pytest.raises(RemoteUnavailable):
+            model.generate(ids, max_new_tokens=40, do_sample=False)

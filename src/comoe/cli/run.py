@@ -211,7 +211,7 @@ class Session:
             "ms_per_token": answer.ms_per_token,
             "framework_ms_per_token": answer.framework_ms_per_token,
             **{key: stats[key] for key in ("hit_rate", "floor_rate", "bytes_read")},
-            **{key: stats[key] for key in ("edge_runs", "edge_failures", "edge_bytes")},
+            **{key: stats[key] for key in ("link_failures", "edge_runs", "edge_failures", "edge_bytes")},
             **{key: stats[key] for key in ("prefetching", "prefetched_bytes", "prefetch_wasted_bytes")},
             "expert_memory_bytes": stats["resident_bytes"],
             **{key: stats[key] for key in ("peak_bytes", "beside_experts_bytes", "yielded_bytes")},

@@ -125,6 +125,7 @@ class Comoe:
 
         `prefetched_bytes` were read before they were asked for, `prefetch_wasted_bytes` of them left unused, since the
         model was loaded; `prefetching` says whether that goes on, None where there is nothing to go by.
+        `link_failures` uses took the floor because no node had their experts' bytes.
         `edge_runs` uses were run by edge nodes since then, in `edge_bytes` of messages; `edge_failures` requests to
         them failed, and the device read instead.
         `moved_share` of the answer's gates went to other experts, as a routing bias has it.
@@ -141,6 +142,7 @@ class Comoe:
             "floor_rate": counts.floor_uses / uses,
             "expert_s": counts.expert_s,
             "bytes_read": {tier: nbytes - self._read_before.get(tier, 0) for tier, nbytes in read.items()},
+            "link_failures": counts.link_failures,
             "edge_runs": remote.uses,
             "edge_failures": remote.failures,
             "edge_bytes": remote.nbytes,

@@ -22,7 +22,7 @@ from comoe.plan.planner import Plan
 from comoe.runtime.edgetier import RemoteTier, Sent, Wanted
 from comoe.runtime.experts import KERNEL_TOKENS, SiteMath
 from comoe.store.manifest import Manifest
-from comoe.types import BlobId, ExpertId
+from comoe.types import BlobId, ExpertId, RemoteUnavailable
 
 DECODE_TOKENS = 1
 """A pass of more tokens is prefill, which never takes the floor: coarse keys and values would stay behind."""
@@ -47,6 +47,10 @@ class Way(NamedTuple):
     blobs: tuple[BlobId, ...]
 
 
+Chunk = tuple[Tensor, Sequence[Use], Sequence[Way]]
+"""Tokens (N, H), and which experts they use in which way."""
+
+
 @dataclass(slots=True)
 class Counts:
     """What a request did so far; times in seconds."""
@@ -54,6 +58,7 @@ class Counts:
     uses: int = 0
     hits: int = 0
     floor_uses: int = 0
+    link_failures: int = 0
     expert_s: float = 0.0
 
 
@@ -137,10 +142,20 @@ class ServedLayer:
         if self.serving.heed is not None:
             self.serving.heed(self._index, x, uses)
         ways = [self._choose(use, decode=decode) for use in uses]
+        try:
+            return self._summed(x, uses, ways, weight, self._ahead(x, uses))
+        except RemoteUnavailable as error:
+            ways = [self._without_link(use, way, error, decode=decode) for use, way in zip(uses, ways, strict=True)]
+            return self._summed(x, uses, ways, weight)
+
+    def _summed(
+        self, x: Tensor, uses: Sequence[Use], ways: Sequence[Way], weight: Tensor, ahead: Sequence[Group] = ()
+    ) -> Tensor:
+        """Every token's experts, weighted and summed in the order of the uses."""
         out = torch.zeros_like(x)
         waiting: dict[int, Tensor] = {}
         added = 0
-        for at, y in self._outputs(x, uses, ways):
+        for at, y in self._outputs((x, uses, ways), ahead):
             use = uses[at]
             waiting[at] = (y * weight[use.tokens, use.positions, None]).to(out.dtype)
             while added in waiting:
@@ -148,24 +163,23 @@ class ServedLayer:
                 added += 1
         return out
 
-    def _outputs(self, x: Tensor, uses: Sequence[Use], ways: Sequence[Way]) -> Iterator[tuple[int, Tensor]]:
+    def _outputs(self, chunk: Chunk, ahead: Sequence[Group]) -> Iterator[tuple[int, Tensor]]:
         """(position, outputs (T, H)) of every use, as they are there: what an edge node runs comes last."""
-        ahead, sent = self._ahead(x, uses), self._send(x, uses, ways)
+        x, uses, ways = chunk
+        sent = self._send(x, uses, ways)
         away = [use.position for use in sent.wanted] if sent is not None else []
         here = [at for at in range(len(uses)) if at not in away]
-        yield from self._computed(here, (x, uses, ways), ahead)
+        yield from self._computed(here, chunk, ahead)
         if sent is None or self.serving.remote is None:
             return
         found = self.serving.remote.outputs(sent, x.dtype)
         if found is None:
-            yield from self._computed(away, (x, uses, ways), ())
+            yield from self._computed(away, chunk, ())
         else:
             self.serving.cache.prefetch([ways[at].blobs for at in away])
             yield from zip(away, found, strict=True)
 
-    def _computed(
-        self, positions: Sequence[int], chunk: tuple[Tensor, Sequence[Use], Sequence[Way]], ahead: Sequence[Group]
-    ) -> Iterator[tuple[int, Tensor]]:
+    def _computed(self, positions: Sequence[int], chunk: Chunk, ahead: Sequence[Group]) -> Iterator[tuple[int, Tensor]]:
         """Outputs of those uses of a chunk, computed here."""
         x, uses, ways = chunk
         for found, blobs in self.serving.cache.serve([ways[at].blobs for at in positions], ahead):
@@ -212,6 +226,24 @@ class ServedLayer:
         seen = self._seen[decode]
         seen.uses[use.expert] += len(use.tokens)
         seen.gates[use.expert] += use.gate
+        return way
+
+    def _without_link(self, use: Use, way: Way, error: RemoteUnavailable, *, decode: bool) -> Way:
+        """What a use takes that no node has the bytes for: its way as it is if it needs none, else the floor.
+
+        Raises the error where there is no floor, or the bound allows it no more.
+        """
+        serving, plan = self.serving, self.serving.plan
+        if serving.cache.resident(way.blobs):
+            return way
+        serving.ledger.add(self._index, way.form, -use.gate, decode=decode)
+        allowed = plan.floor is not None and serving.ledger.allows_floor(self._index, use.gate, decode=decode)
+        if not allowed or serving.settle is not None:
+            raise error
+        way = serving.way(self._index, use.expert, str(plan.floor))
+        serving.counts.floor_uses += 1
+        serving.counts.link_failures += 1
+        serving.ledger.add(self._index, way.form, use.gate, floor=True, decode=decode)
         return way
 
     def _ahead(self, x: Tensor, uses: Sequence[Use]) -> list[tuple[BlobId, ...]]:
