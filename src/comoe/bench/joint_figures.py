@@ -13,7 +13,7 @@ from comoe.units import format_size
 EXACT, AS_FAST = "exact, best offloader", "joint, as fast"
 SEPARABLE, SEPARABLE_BIAS = "separable", "separable, bias"
 JOINT, NO_BIAS = "joint", "joint, no bias"
-LIVE = (SEPARABLE, SEPARABLE_BIAS, NO_BIAS, JOINT, EXACT)
+LIVE = (SEPARABLE, JOINT, EXACT)
 """Methods that are timed live; times are set beside the first's."""
 
 RESIDENT_KIND, LIVE_KIND = "resident", "live"
