@@ -12,12 +12,14 @@ SHARE = 0.08
 def early(ladder: Ladder, budget: int, max_loss: float) -> Pin | None:
     """A floor within `SHARE` and the finest target that fits in `budget` bytes of experts beside it, both within the
     bound, where a miss takes the floor as long as the answer's loss allows it; None where there is no such pair.
+
+    Where all that are so small lose too much, the floor is the smallest that does not.
     """
     within = [rung for rung in ladder.certified if rung.price <= max_loss]
-    floors = [rung for rung in within if rung.nbytes <= SHARE * ladder.expert_bytes_bf16]
-    if not floors:
+    if not within:
         return None
-    floor = max(floors, key=lambda rung: rung.nbytes)
+    small = [rung for rung in within if rung.nbytes <= SHARE * ladder.expert_bytes_bf16]
+    floor = max(small, key=lambda rung: rung.nbytes) if small else min(within, key=lambda rung: rung.nbytes)
     finer = [rung for rung in within if rung.nbytes > floor.nbytes and rung.price <= floor.price]
     targets = [rung for rung in finer if floor.nbytes + rung.beside(floor) <= budget]
     if not targets:
