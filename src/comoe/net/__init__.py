@@ -1,0 +1,1 @@
+"""Who to talk to, and how bytes come."""
