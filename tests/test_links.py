@@ -91,3 +91,16 @@ def test_states_are_of_all_links() -> None:
     found = states({"a": link, "b": Link()}, 125_000, 5.0)
     assert found["a"].silent_s == 2 and found["a"].expected_s == pytest.approx(1.02)
     assert found["b"].silent_s == inf and found["b"].expected_s == inf and found["b"].rtt_s is None
+
+
+def test_a_rate_that_is_old_is_taken_to_be_the_best_that_is_fresh() -> None:
+    old, fresh, never = fed(Link(), MBIT, 5), fed(Link(), 40 * MBIT, 20, 20), Link()
+    for link in (old, fresh, never):
+        link.probed(0.02, 40.0)
+    found = states({"old": old, "fresh": fresh, "never": never}, 125_000, 40.0)
+    assert {node: round(state.rate_bps / MBIT) for node, state in found.items()} == {
+        "old": 40,
+        "fresh": 40,
+        "never": 40,
+    }
+    assert states({"old": old}, 125_000, 40.0)["old"].rate_bps == FIRST_BPS

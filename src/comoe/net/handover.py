@@ -45,7 +45,7 @@ class Rule:
     hysteresis: float = 0.3
     trigger_s: float = 1.0
     lost_s: float = 1.0
-    stalled_s: float = 2.0
+    stalled_s: float = 1.0
     back_s: float = 0.5
     barred_s: float = 5.0
     most_barred_s: float = 60.0
@@ -128,7 +128,7 @@ class Handover:
         return found
 
     def _broken(self, sight: Sight | None) -> Literal["lost", "stalled"] | None:
-        if sight is None or sight.silent_s > self.rule.lost_s or sight.expected_s == inf:
+        if sight is None or sight.silent_s > self.rule.lost_s:
             return "lost"
         return "stalled" if sight.waiting_s > self.rule.stalled_s else None
 

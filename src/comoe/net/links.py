@@ -16,6 +16,9 @@ RTT_WEIGHT = 0.25
 LOSS_WEIGHT = 0.2
 """Of the newest request: failed or not."""
 
+FRESH_S = 10.0
+"""So long, a rate says something about its link."""
+
 FIRST_BPS = 125_000.0
 """What a link is taken to carry before anything was transferred: 1 Mbit/s."""
 
@@ -45,12 +48,13 @@ class Link:
     """One link, by what was seen of it.
 
     `rtt_s` is None until a probe was answered; `loss` the share of requests that failed, the newest counting most;
-    `heard_s` when anything last came over it.
+    `heard_s` when anything last came over it, `rated_s` when its rate was last seen.
     """
 
     rtt_s: float | None = None
     loss: float = 0.0
     heard_s: float = -inf
+    rated_s: float = -inf
     _fast: Mean = field(default_factory=lambda: Mean(FAST_S))
     _slow: Mean = field(default_factory=lambda: Mean(SLOW_S))
 
@@ -67,6 +71,7 @@ class Link:
             return
         for mean in (self._fast, self._slow):
             mean.add(nbytes / seconds, seconds)
+        self.rated_s = now_s
         if nbytes:
             self.heard_s = now_s
 
@@ -84,11 +89,15 @@ class Link:
         """A request or a probe was not answered, or broke."""
         self.loss += LOSS_WEIGHT * (1 - self.loss)
 
-    def expected_s(self, nbytes: int) -> float:
-        """Seconds that a request for so many bytes takes, tried again where it fails; inf for a link never heard of."""
-        if self.heard_s == -inf or self.loss >= 1 or self.rate_bps <= 0:
+    def expected_s(self, nbytes: int, rate_bps: float | None = None) -> float:
+        """Seconds that a request for so many bytes takes, tried again where it fails; inf for a link never heard of.
+
+        At its own rate, or at another one where that is too old to say anything.
+        """
+        rate_bps = self.rate_bps if rate_bps is None else rate_bps
+        if self.heard_s == -inf or self.loss >= 1 or rate_bps <= 0:
             return inf
-        return ((self.rtt_s or 0.0) + nbytes / self.rate_bps) / (1 - self.loss)
+        return ((self.rtt_s or 0.0) + nbytes / rate_bps) / (1 - self.loss)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +112,16 @@ class LinkState:
 
 
 def states(links: Mapping[str, Link], unit_nbytes: int, now_s: float) -> dict[str, LinkState]:
-    """All links now, by node."""
-    return {
-        node: LinkState(link.rate_bps, link.rtt_s, link.loss, now_s - link.heard_s, link.expected_s(unit_nbytes))
-        for node, link in links.items()
-    }
+    """All links now, by node.
+
+    A rate that was not seen for `FRESH_S` is taken to be the best that was: the radio is the same for all, and round
+    trips and losses tell them apart.
+    """
+    fresh = [link.rate_bps for link in links.values() if now_s - link.rated_s <= FRESH_S]
+    typical = max([FIRST_BPS, *fresh])
+    found = {}
+    for node, link in links.items():
+        rate_bps = link.rate_bps if now_s - link.rated_s <= FRESH_S else typical
+        expected_s = link.expected_s(unit_nbytes, rate_bps)
+        found[node] = LinkState(rate_bps, link.rtt_s, link.loss, now_s - link.heard_s, expected_s)
+    return found
