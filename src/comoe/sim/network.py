@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from comoe.memory.policy import LFU
-from comoe.memory.residency import Residency, Ticket
+from comoe.memory.residency import Phase, Residency
 from comoe.net.links import Link
 from comoe.plan.ladder import Array, Flags
 from comoe.plan.stream import LinkPlan, Streaming
@@ -147,7 +147,7 @@ class Session:
     _reader: LinkReader = field(init=False)
     _link: Link = field(init=False, default_factory=Link)
     _seen: tuple[float, float] = (0.0, 0.0)
-    _next_sample_s: float = 0.0
+    _next_sample_s: float = SAMPLE_S
     _next_step_s: float = 0.0
     _used: Array = field(init=False)
     _use: Array = field(init=False)
@@ -222,9 +222,8 @@ class Session:
     def _start(self) -> None:
         """Wait until the plan's floor is there."""
         while self.plan.floor is not None and not self.streaming.complete(self.plan.floor, self._resident, self._use):
-            if self._reader.now_s >= self.air.rate.end_s:
+            if not self._next():
                 return
-            self._until(min(self._reader.next_end_s, self._next_sample_s))
 
     def _touch(self, expert: int) -> None:
         """Tell the policy of a use of what is there."""
@@ -242,15 +241,20 @@ class Session:
         groups = [[self.blobs[at] for at in group.tolist() if at >= 0] for group in needs]
         tickets = [self._residency.demand(group) for group in groups]
         self._reader.begin()
-        while any(ticket.missing or ticket.phase.value == "queued" for ticket in tickets):
-            end_s = self._reader.next_end_s
-            if min(end_s, self._next_sample_s) >= self.air.rate.end_s:
-                self._until(self.air.rate.end_s)
-                break
-            self._until(min(end_s, self._next_sample_s))
+        while any(ticket.phase is not Phase.READY for ticket in tickets) and self._next():
+            pass
         for ticket in tickets:
             self._residency.release(ticket)
         self._reader.begin()
+
+    def _next(self) -> bool:
+        """Let time pass until something may have changed; False at the end."""
+        before_s = self._reader.now_s
+        self._until(min(self._reader.next_end_s, self._next_sample_s))
+        if self._reader.now_s == before_s < self.air.rate.end_s:
+            self._reader.advance(0.0)  # a read that ends at this very moment
+            self._see()
+        return self._reader.now_s < self.air.rate.end_s
 
     def _until(self, until_s: float) -> None:
         """Let time pass, looking at the rate and the plan as often as they are due; no farther than the end."""
