@@ -33,11 +33,11 @@ from comoe.make.protocol import Evaluation
 from comoe.make.recipe import Recipe
 from comoe.make.trace import CONTEXT, turns
 from comoe.plan.ladder import Ladder, ladder_of
-from comoe.plan.stream import MISSES, LinkFollower, LinkPlan, Pace, Streaming, forms_of
+from comoe.plan.stream import MISSES, LinkFollower, LinkPlan, Pace, Reads, Streaming, forms_of
 from comoe.runtime.load import Loader, Options
 from comoe.runtime.recorder import recording
-from comoe.sim.network import Air, Controller, Outcome, Session, decoded
-from comoe.sim.pilots import FETCH_ON_MISS, REMOTE_ONLY, Knowing, Live, Static
+from comoe.sim.network import STEP_S, Air, Controller, Outcome, Session, decoded
+from comoe.sim.pilots import FETCH_ON_MISS, REMOTE_ONLY, Knowing, Live, Static, Watched
 from comoe.sim.traces import BPS_PER_MBPS, WINDOW_S, LinkRate, read_bench_list, read_link_trace
 from comoe.store.pack import Pack
 from comoe.store.trace import Trace
@@ -65,8 +65,9 @@ RTT_S = 0.027
 ROW_NBYTES = 8192
 """Of hidden states, both ways, when a layer of the large model runs elsewhere."""
 
+READS: tuple[Reads, ...] = ("all", "missed")
 HORIZONS_S = (2.0, 5.0, 10.0, 20.0, WINDOW_S)
-FALL_MBPS, FALL_AT_S = (100.0, 5.0), 20.0
+FALL_MBPS, FALL_AT_S = (100.0, 5.0), 5.0
 
 
 class Large(NamedTuple):
@@ -206,13 +207,13 @@ class Traveller(Subject):
         names = self._some(MAX_LOSS)
         floors = [name for name in self._some(FLOORS_LOSS) if self.ladder.rung(name).nbytes < self.streaming.capacity]
         alone = [
-            LinkPlan(target, miss, floor, ahead=False)
+            LinkPlan(target, miss, floor, "missed")
             for floor in floors
             for target in names
             if self.ladder.rung(target).nbytes >= self.ladder.rung(floor).nbytes
             for miss in ("coarse", "wait")
         ]
-        joint = [LinkPlan(name, miss, None, ahead) for name in names for miss in MISSES for ahead in (True, False)]
+        joint = [LinkPlan(name, miss, None, reads) for name in names for miss in MISSES for reads in READS]
         return {STATIC: {written(plan): plan for plan in alone}, JOINT_STATIC: {written(plan): plan for plan in joint}}
 
     def _some(self, max_loss: float) -> list[str]:
@@ -233,7 +234,7 @@ class Traveller(Subject):
 def written(plan: LinkPlan) -> str:
     """A plan in words."""
     floor = f"floor {plan.floor}, " if plan.floor else ""
-    return f"{floor}{plan.target}, {plan.miss}{'' if plan.ahead else ', what is missed'}"
+    return f"{floor}{plan.target}, {plan.miss}{', what is missed' if plan.reads == 'missed' else ''}"
 
 
 def window_row(of: Traveller, path: Path) -> Row:
@@ -266,17 +267,23 @@ def window_row(of: Traveller, path: Path) -> Row:
 
 
 def fall_row(of: Traveller) -> Row:
-    """A link that falls: when the plan is that for the lower rate and stays so, and how often it changed in a step."""
-    high, low = (of.session(LinkRate.steady(mbps * BPS_PER_MBPS), of.live()) for mbps in FALL_MBPS)
+    """A link that falls: after how long the plan is worth 95 % of the best one at the rate that there is, and stays so
+    for ten seconds; and what windows at the higher and at the lower rate alone are worth."""
     bps = np.array(FALL_MBPS) * BPS_PER_MBPS
-    fell = of.session(LinkRate.of(np.array([0.0, FALL_AT_S]), bps, WINDOW_S), of.live())
-    after = [switch.at_s - FALL_AT_S for switch in fell.switches if switch.at_s >= FALL_AT_S]
-    settled_s = max((at_s for at_s in after if at_s <= 10.0), default=0.0)
+    links = {
+        "high": LinkRate.steady(bps[0]),
+        "fell": LinkRate.of(np.array([0.0, FALL_AT_S]), bps, WINDOW_S),
+        "low": LinkRate.steady(bps[1]),
+    }
+    watched = {name: Watched(of.live(), rate.scaled(of.scale)) for name, rate in links.items()}
+    found = {name: of.session(links[name], watch) for name, watch in watched.items()}
+    poor_s = [at_s - FALL_AT_S for at_s in watched["fell"].poor_s if FALL_AT_S <= at_s <= FALL_AT_S + 10.0]
     return {
         "mbps": list(FALL_MBPS),
-        "settles_s": settled_s,
-        "switches": [[switch.at_s, written(switch.plan)] for switch in fell.switches],
-        "worth": [outcome.worth(of.streaming) for outcome in (high, fell, low)],
+        "at_s": FALL_AT_S,
+        "settles_s": max(poor_s) + STEP_S if poor_s else 0.0,
+        "switches": [[switch.at_s, written(switch.plan)] for switch in found["fell"].switches],
+        "worth": [outcome.worth(of.streaming) for outcome in found.values()],
     }
 
 

@@ -19,10 +19,10 @@ STEP_S = 0.5
 def figures(rows: Sequence[Row]) -> dict[str, Any]:
     """The document's figures, and its rows.
 
-    Ratios are medians over models and windows, of worth: tokens of the exact model that a window is worth. Best static
-    plans are the best of each window, chosen with hindsight. `gain_over_best_static` is against plans of a planner that
-    knows no link, `gain_over_best_joint_static` against those that are like the live ones but stay, `gain_over_one_static`
-    against the one such plan of each model that is best over all windows. None where nothing else is worth anything.
+    Ratios are medians over models and windows, of worth: tokens of the exact model that a window is worth. Best plans
+    are the best of each window, chosen with hindsight. `gain_over_best_static` is against plans of a planner that knows
+    no link, `gain_over_best_joint_static` against those that are like the live ones but stay, `gain_over_one_static`
+    against the one plan of each model that is best over all windows. None where nothing else is worth anything.
     """
     windows = [row for row in rows if row["kind"] == WINDOW]
     falls = [row for row in rows if row["kind"] == FALL]
@@ -56,7 +56,7 @@ def _over_one(windows: Sequence[Row]) -> Iterator[float]:
 
 
 def _most(row: Row) -> int:
-    return max(Counter(int(at_s / STEP_S) for at_s, _ in row[LIVE]["switches"]).values(), default=0)
+    return max(Counter(round(at_s / STEP_S) for at_s, _ in row[LIVE]["switches"]).values(), default=0)
 
 
 def _ratio(one: float, other: float) -> float:
@@ -81,10 +81,10 @@ def _lines(document: dict[str, Any]) -> Iterator[str]:
     told = document["settings"]
     yield "# Network\n"
     yield f"Made by `comoe bench network` {told['comoe']}: one seeded window of 45 s of each trace, in virtual time, "
-    yield "from dense weights alone. A window's worth is in tokens of the exact model: each token that came counts as "
-    yield f"likely as the text was; one that loses more than {percent(told['max_loss'])} counts nothing. A reader takes "
-    yield f"{1 / told['reader_s']:g} tokens a second at most, memory holds {told['share']:.0%} of the experts' bytes, a "
-    yield f"round trip is {1e3 * told['rtt_s']:g} ms.\n"
+    yield "from dense weights alone. A window's worth is in tokens of the exact model: a token counts as much as the "
+    yield "text was likely, over how likely the exact model finds it, and nothing where it loses more than "
+    yield f"{percent(told['max_loss'])}. A reader takes {1 / told['reader_s']:g} tokens a second at most, memory holds "
+    yield f"{told['share']:.0%} of the experts' bytes, a round trip is {1e3 * told['rtt_s']:g} ms.\n"
     yield "| figure | |\n|---|---|"
     names = [name for name, value in document.items() if isinstance(value, int | float) and not isinstance(value, bool)]
     yield from (f"| {name} | {document[name]:.3g} |" for name in names)
@@ -99,9 +99,12 @@ def _lines(document: dict[str, Any]) -> Iterator[str]:
 def _windows(rows: Sequence[Row]) -> Iterator[str]:
     if rows:
         large = rows[0]["large"]
-        yield f"Links carry {rows[0]['scale']:.4g} of what they did, so that an expert takes as long as one of {large}.\n"
-    yield "| trace, from | Mbit/s | live | tokens | loss | plans | best static | best joint, static | clairvoyant | fetch "
-    yield "on miss | remote only |"
+        scale = f"{rows[0]['scale']:.4g}"
+        yield f"Links carry {scale} of what they did, so that an expert takes as long as one of {large}.\n"
+    yield (
+        "| trace, from | Mbit/s | live | tokens | loss | plans | best static | best joint, static | clairvoyant "
+        "| fetch on miss | remote only |"
+    )
     yield "|---|---|---|---|---|---|---|---|---|---|---|"
     for row in rows:
         live = row[LIVE]
@@ -121,5 +124,6 @@ def _best(worth: dict[str, float]) -> str:
 
 def _fall(row: Row) -> Iterator[str]:
     high, low = row["mbps"]
-    yield f"From {high:g} to {low:g} Mbit/s at 20 s: plans settle in {row['settles_s']:.1f} s. Worth at {high:g} alone, "
-    yield f"so, and at {low:g} alone: {', '.join(f'{worth:.0f}' for worth in row['worth'])} tokens.\n"
+    worth = ", ".join(f"{worth:.0f}" for worth in row["worth"])
+    yield f"From {high:g} to {low:g} Mbit/s at {row['at_s']:g} s: plans settle in {row['settles_s']:.1f} s. Worth at "
+    yield f"{high:g} alone, so, and at {low:g} alone: {worth} tokens.\n"

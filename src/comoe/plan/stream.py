@@ -17,6 +17,7 @@ from comoe.plan.ladder import Array, Flags, Indices, Ladder, Rung
 from comoe.store.manifest import Manifest
 
 Miss = Literal["coarse", "remote", "wait"]
+Reads = Literal["all", "missed", "none"]
 MISSES: tuple[Miss, ...] = ("coarse", "remote", "wait")
 """Take the best form that is there; run the exact expert on the edge node; wait until the form has come."""
 
@@ -26,8 +27,11 @@ HORIZON_S = 10.0
 TIE = 0.01
 """Rungs whose worth differs by less are worth the same: the coarsest of them has fewer bytes to bring."""
 
-MARGIN = 0.02
+MARGIN = 0.05
 """Another plan must be worth so much more."""
+
+LEAST = 0.001
+"""And so much where nothing is left to be read for this one: the link would be idle."""
 
 HOLD_S = 1.0
 """A plan stays so long at least, unless the rate fell below `FALL` of what it was made for."""
@@ -39,16 +43,16 @@ MOMENTS = 6
 
 
 class LinkPlan(NamedTuple):
-    """What to read, and what a `miss` does.
+    """What to read of rung `target`, and what a `miss` does.
 
-    Read `ahead` towards rung `target`, in the order of what bytes are worth, or only what was missed. With a `floor`
-    nothing is answered before all of that rung is there.
+    Reads are in the order of what bytes are worth; only those of experts that were missed where `reads` says so, or
+    none but those that are waited for. With a `floor` nothing is answered before all of that rung is there.
     """
 
     target: str
     miss: Miss
     floor: str | None = None
-    ahead: bool = True
+    reads: Reads = "all"
 
 
 class Pace(NamedTuple):
@@ -205,7 +209,8 @@ class Streaming:
                 yield floor[expert][floor[expert] >= 0]
             resident[floor] = True
         needs = self._by_name[plan.target].needs
-        for expert in self.order(plan.target, resident, use if plan.ahead else use * missed).tolist():
+        wanted = {"all": use, "missed": use * missed, "none": np.zeros_like(use)}[plan.reads]
+        for expert in self.order(plan.target, resident, wanted).tolist():
             yield needs[expert][needs[expert] >= 0]
 
     def complete(self, rung: str, resident: Flags, use: Array) -> bool:
@@ -303,15 +308,12 @@ class LinkFollower:
         A rung is worth what the best miss makes of it at each moment, since misses may do something else at any time.
         """
         worth = self.streaming.foretold(resident, use, nbytes, rate_bps)
-        rungs = worth.max(1).mean(1)
         names = [rung.name for rung in self.streaming.rungs]
-        best = int(np.flatnonzero(rungs >= (1 - TIE) * rungs.max())[0])
-        before = self.plan
-        if before is not None:
-            at = names.index(before.target)
-            held = now_s - self._since_s < self.hold_s and rate_bps >= FALL * self._rate_bps
-            if held or rungs[best] <= (1 + MARGIN) * rungs[at]:
-                best = at
+        before, rungs = self.plan, worth.max(1).mean(1)
+        at = None if before is None else names.index(before.target)
+        done = before is not None and self.streaming.complete(before.target, resident, use)
+        free = done or now_s - self._since_s >= self.hold_s or rate_bps < FALL * self._rate_bps
+        best = self._rung(rungs, at, idle=done) if free or at is None else at
         now = worth[best, :, 0]
         miss = MISSES[int(now.argmax())]
         if before is not None and now.max() <= (1 + MARGIN) * now[MISSES.index(before.miss)]:
@@ -319,7 +321,15 @@ class LinkFollower:
         plan = LinkPlan(names[best], miss)
         if plan == before:
             return None
-        if before is None or plan.target != before.target:
+        if best != at:
             self._since_s, self._rate_bps = now_s, rate_bps
         self.plan = plan
         return plan
+
+    def _rung(self, worth: Array, before: int | None, *, idle: bool) -> int:
+        """The rung to read towards: another one if it is worth more by a margin, or at all where the link is idle."""
+        margin, tie = (0.0, LEAST) if idle else (MARGIN, TIE)
+        best = int(np.flatnonzero(worth >= (1 - tie) * worth.max())[0])
+        if before is not None and worth[best] <= (1 + max(margin, LEAST)) * worth[before]:
+            return before
+        return best

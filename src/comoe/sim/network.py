@@ -6,6 +6,7 @@ model runs: a trace says what tokens use, and errors of forms say what they lose
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import cycle
 from math import inf
 from typing import NamedTuple, Protocol
 
@@ -169,12 +170,12 @@ class Session:
         self._link.probed(self.air.rtt_s, 0.0)
 
     def run(self, trace: Trace) -> Outcome:
-        """Decode the tokens of a trace, one after the other at the reader's pace, until the window is over."""
+        """Decode the tokens of a trace, again and again, at the reader's pace, until the window is over."""
         end_s, pace = self.air.rate.end_s, self.streaming.pace
         at_s, errors = [], []
         due_s = 0.0
         self._look()
-        for chunks in decoded(trace):
+        for chunks in cycle(list(decoded(trace))):
             self._until(due_s)
             self._start()
             start_s = self._reader.now_s

@@ -4,12 +4,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from comoe.plan.stream import MOMENTS, LinkFollower, LinkPlan, Streaming
+from comoe.plan.stream import MISSES, MOMENTS, LinkFollower, LinkPlan, Streaming
 from comoe.sim.network import Told
 from comoe.sim.traces import LinkRate
 
-FETCH_ON_MISS = LinkPlan("exact", "wait", ahead=False)
-REMOTE_ONLY = LinkPlan("exact", "remote", ahead=False)
+FETCH_ON_MISS = LinkPlan("exact", "wait", reads="none")
+REMOTE_ONLY = LinkPlan("exact", "remote", reads="none")
 
 
 @dataclass(slots=True)
@@ -50,3 +50,27 @@ class Knowing:
         nbytes = np.array([self.rate.sent(at) for at in moments]) - self.rate.sent(told.now_s)
         rate_bps = self.rate.mean(told.now_s, min(told.now_s + 1.0, self.rate.end_s)) if end_s > told.now_s else 0.0
         return self._follower.foresee(told.resident, told.use, nbytes, rate_bps, told.now_s)
+
+
+@dataclass(slots=True)
+class Watched:
+    """Notes when the plan of `live` was worth less than `enough` of the best one at the rate that there really is."""
+
+    live: Live
+    rate: LinkRate
+    enough: float = 0.95
+    poor_s: list[float] = field(default_factory=list)
+
+    def tick(self, told: Told) -> LinkPlan | None:
+        plan = self.live.tick(told)
+        follower, bps = self.live.follower, self.rate.at(told.now_s)
+        moments = follower.horizon_s * np.arange(MOMENTS) / (MOMENTS - 1)
+        worth = follower.streaming.foretold(told.resident, told.use, bps * moments, bps)
+        current = follower.plan
+        assert current is not None
+        at = [rung.name for rung in follower.streaming.rungs].index(current.target)
+        rungs = worth.max(1).mean(1)
+        now = worth[at, :, 0]
+        if rungs[at] < self.enough * rungs.max() or now[MISSES.index(current.miss)] < self.enough * now.max():
+            self.poor_s.append(told.now_s)
+        return plan
