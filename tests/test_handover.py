@@ -105,7 +105,7 @@ def test_a_node_that_is_not_seen_at_all_is_lost() -> None:
 def test_a_stalled_node_is_left_and_avoided_longer_each_time() -> None:
     machine = attached()
     stalled = {"a": there(1.0, RULE.stalled_s + 0.1), "b": there(5.0)}
-    assert kinds(machine.tick(stalled, 1.0)) == ["stalled", "handover"] and machine.serving == "b"
+    assert kinds(machine.tick(stalled, 1.05)) == ["stalled", "handover"] and machine.serving == "b"
     alluring = {"a": there(0.1), "b": there(5.0)}
     assert run(machine, alluring, RULE.barred_s - 0.2, 1.1) == []
     assert kinds(run(machine, alluring, 2, 6.1)) == ["announced", "handover"]
@@ -115,9 +115,17 @@ def test_a_stalled_node_is_left_and_avoided_longer_each_time() -> None:
 
 def test_a_stalled_node_without_another_leaves_no_link_until_it_may_be_tried_again() -> None:
     machine = attached()
-    assert kinds(machine.tick({"a": there(1.0, 9.0)}, 1.0)) == ["stalled"] and machine.serving is None
+    assert kinds(machine.tick({"a": there(1.0, 9.0)}, 1.05)) == ["stalled"] and machine.serving is None
     events = run(machine, {"a": there(1.0)}, 10, 1.1)
     assert kinds(events) == ["back"] and events[0].at_s >= 1.0 + RULE.barred_s
+
+
+def test_a_request_that_waited_for_a_silent_link_is_given_the_time_to_go_on() -> None:
+    """The link was gone for less than it takes to be lost, and probes came back before the bytes did."""
+    machine = attached()
+    machine.tick({"a": Sight(1.0, 0.9, 0.9)}, 2.0)
+    assert machine.tick({"a": there(1.0, 1.2)}, 2.3) == []
+    assert kinds(machine.tick({"a": there(1.0, 2.3)}, 3.3)) == ["stalled"]
 
 
 def test_the_next_node_is_who_most_often_came_next() -> None:
@@ -170,7 +178,6 @@ def test_whatever_happens_one_node_serves_or_none_and_moves_tell_of_it(
         assert machine.serving == serving
         if serving is not None:
             assert serving in seen and seen[serving].silent_s <= RULE.lost_s
-            assert seen[serving].waiting_s <= RULE.stalled_s or machine.log[-1].at_s == now_s
 
 
 @given(worlds)

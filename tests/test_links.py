@@ -89,7 +89,9 @@ def test_states_are_of_all_links() -> None:
     link = Link()
     link.probed(0.02, 3.0)
     found = states({"a": link, "b": Link()}, 125_000, 5.0)
-    assert found["a"].silent_s == 2 and found["a"].expected_s == pytest.approx(1.02)
+    assert found["a"].silent_s == 2 and found["a"].expected_s == pytest.approx(0.02)
+    fed(link, MBIT, 20)
+    assert states({"a": link}, 125_000, 20.0)["a"].expected_s == pytest.approx(1.02, rel=1e-3)
     assert found["b"].silent_s == inf and found["b"].expected_s == inf and found["b"].rtt_s is None
 
 

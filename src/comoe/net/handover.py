@@ -38,8 +38,9 @@ class Rule:
     """When to move.
 
     A candidate must be expected to take less than `1 - hysteresis` of what the serving node takes, for `trigger_s`.
-    Silence of `lost_s` is a lost link, an open request without a byte for `stalled_s` a stalled node, which is avoided
-    for `barred_s`, twice as long each time up to `most_barred_s`. A link is back once it was there for `back_s`.
+    Silence of `lost_s` is a lost link; an open request without a byte for `stalled_s`, though probes are answered, is a
+    stalled node, which is avoided for `barred_s`, twice as long each time up to `most_barred_s`. A link is back once it
+    was there for `back_s`.
     """
 
     hysteresis: float = 0.3
@@ -90,6 +91,7 @@ class Handover:
     counts: Counter[str] = field(default_factory=lambda: Counter(dict.fromkeys(KINDS, 0)))
     log: deque[Event] = field(default_factory=lambda: deque(maxlen=LOGGED))
     _since_s: float = -inf
+    _silent_s: float = -inf
     _before: str | None = None
     _candidate: str | None = None
     _candidate_s: float = 0.0
@@ -101,7 +103,7 @@ class Handover:
         """What happened now, oldest first; at the end of it `serving` serves. Nodes that are not seen are not there."""
         events: list[Event] = []
         there = self._there(sights, now_s)
-        if self.serving is not None and (reason := self._broken(sights.get(self.serving))) is not None:
+        if self.serving is not None and (reason := self._broken(sights.get(self.serving), now_s)) is not None:
             events.append(self._drop(reason, now_s))
             there.pop(events[-1].node, None)
         if self.serving is None:
@@ -127,10 +129,14 @@ class Handover:
             del self._seen_s[node]
         return found
 
-    def _broken(self, sight: Sight | None) -> Literal["lost", "stalled"] | None:
+    def _broken(self, sight: Sight | None, now_s: float) -> Literal["lost", "stalled"] | None:
+        """Why the serving node is to be left, if it is. Right after a silence requests may still wait for their turn."""
         if sight is None or sight.silent_s > self.rule.lost_s:
             return "lost"
-        return "stalled" if sight.waiting_s > self.rule.stalled_s else None
+        if sight.silent_s > self.rule.stalled_s / 2:
+            self._silent_s = now_s
+        answered_s = now_s - max(self._silent_s, self._since_s)
+        return "stalled" if min(sight.waiting_s, answered_s) > self.rule.stalled_s else None
 
     def _drop(self, reason: Literal["lost", "stalled"], now_s: float) -> Event:
         node = self.serving

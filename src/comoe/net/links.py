@@ -115,10 +115,11 @@ def states(links: Mapping[str, Link], unit_nbytes: int, now_s: float) -> dict[st
     """All links now, by node.
 
     A rate that was not seen for `FRESH_S` is taken to be the best that was: the radio is the same for all, and round
-    trips and losses tell them apart.
+    trips and losses tell them apart. Where none was seen lately, bytes are left out for all.
     """
     fresh = [link.rate_bps for link in links.values() if now_s - link.rated_s <= FRESH_S]
     typical = max([FIRST_BPS, *fresh])
+    unit_nbytes = unit_nbytes if fresh else 0
     found = {}
     for node, link in links.items():
         rate_bps = link.rate_bps if now_s - link.rated_s <= FRESH_S else typical

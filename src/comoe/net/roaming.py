@@ -18,7 +18,7 @@ from comoe.types import ComoeError, RemoteUnavailable, UsageError
 PERIOD_S = 0.25
 """Between two probes of a node."""
 
-UNIT_NBYTES = 1 << 20
+UNIT_NBYTES = 1 << 16
 """What links are compared by: the seconds that so many bytes are expected to take."""
 
 
