@@ -21,8 +21,9 @@ def figures(rows: Sequence[Row]) -> dict[str, Any]:
 
     Ratios are medians over models and windows, of worth: tokens of the exact model that a window is worth. Best plans
     are the best of each window, chosen with hindsight. `gain_over_best_static` is against plans of a planner that knows
-    no link, `gain_over_best_joint_static` against those that are like the live ones but stay, `gain_over_one_static`
-    against the one plan of each model that is best over all windows. None where nothing else is worth anything.
+    no link, and `total_gain_over_best_static` that of all windows together; `gain_over_best_joint_static` is against
+    plans that are like the live ones but stay, `gain_over_one_static` against the one plan of each model that is best
+    over all windows. None where nothing else is worth anything.
     """
     windows = [row for row in rows if row["kind"] == WINDOW]
     falls = [row for row in rows if row["kind"] == FALL]
@@ -31,6 +32,9 @@ def figures(rows: Sequence[Row]) -> dict[str, Any]:
         "gain_over_best_static": _median([_ratio(row[LIVE]["worth"], max(row[STATIC].values())) for row in windows]),
         "gain_over_best_joint_static": _median(
             [_ratio(row[LIVE]["worth"], max(row[JOINT_STATIC].values())) for row in windows]
+        ),
+        "total_gain_over_best_static": _finite(
+            _ratio(sum(row[LIVE]["worth"] for row in windows), sum(max(row[STATIC].values()) for row in windows))
         ),
         "gain_over_one_static": _median(list(_over_one(windows))),
         "share_of_clairvoyant": _median(shares),

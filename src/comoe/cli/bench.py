@@ -15,6 +15,7 @@ BENCHMARKS = {
     "network": ("comoe.bench.network", "comoe.bench.network_figures"),
     "cache": ("comoe.bench.cache", "comoe.bench.cache_figures"),
     "joint": ("comoe.bench.joint", "comoe.bench.joint_figures"),
+    "handover": ("comoe.bench.handover", "comoe.bench.handover_figures"),
     "ladder": ("comoe.bench.ladder", "comoe.bench.ladder_figures"),
     "quality": ("comoe.bench.quality", "comoe.bench.figures"),
 }

@@ -130,7 +130,7 @@ class Handover:
         return found
 
     def _broken(self, sight: Sight | None, now_s: float) -> Literal["lost", "stalled"] | None:
-        """Why the serving node is to be left, if it is. Right after a silence requests may still wait for their turn."""
+        """Why the serving node is to be left, if it is. After a silence, requests are given the time to go on."""
         if sight is None or sight.silent_s > self.rule.lost_s:
             return "lost"
         if sight.silent_s > self.rule.stalled_s / 2:

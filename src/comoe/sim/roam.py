@@ -5,7 +5,7 @@ layer; where the node has it not in memory either, it reads it from the origin f
 its own flash. `net.handover` decides as it does on sockets. Which round trips nodes have is drawn, by who is near.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import cycle
 from math import inf
@@ -15,7 +15,6 @@ import numpy as np
 
 from comoe.net.handover import DEFAULT_RULE, Handover, NextNode, Rule, Sight
 from comoe.net.links import Link, states
-from comoe.plan.ladder import Array
 from comoe.sim.mobility import Stay
 from comoe.sim.traces import LinkRate
 from comoe.types import BlobId
@@ -57,8 +56,8 @@ class Fault(NamedTuple):
 
 
 class Policy(NamedTuple):
-    """Whether who is near serves at once, or by a `rule`, or the first one for ever (no rule); and whether the session's
-    `hot` last experts are announced to who may serve next."""
+    """Whether who is near serves at once, or by a `rule`, or the first one for ever (no rule); and how many of the
+    session's last experts are announced to who may serve next: `hot`."""
 
     rule: Rule | None = DEFAULT_RULE
     at_once: bool = False
@@ -76,8 +75,11 @@ class Token(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Roamed:
-    """What a drive came to. `moves` are the moments at which another node served, who, and the kind of event; `announced` experts that were told,
-    `counts` the events by kind, `far_s` the seconds with a node that was not near."""
+    """What a drive came to.
+
+    `moves` are the moments at which another node served, who, and the kind of event; `announced` counts the experts
+    that were told, `counts` the events by kind, `far_s` the seconds with a node that was not near.
+    """
 
     tokens: tuple[Token, ...]
     moves: tuple[tuple[float, str, str], ...]
@@ -88,9 +90,9 @@ class Roamed:
 
 @dataclass(slots=True)
 class Roamer:
-    """A device on a drive of `stays`, over a radio of a `rate`, with the layers' misses of every token, again and again.
+    """A device on a drive of `stays`, over a radio of a `rate`, with the `misses` of every token, again and again.
 
-    Every layer's misses are a group of blobs. `warm` are what nodes have in memory.
+    A token's misses are a group of blobs for every layer. `warm` says what nodes have in memory, and since when.
     """
 
     stays: Sequence[Stay]
@@ -169,7 +171,7 @@ class Roamer:
 
     def _through(self, node: str, *, probe: bool = False) -> bool:
         """Whether a node answers now."""
-        if self.rate.at(self._now_s) < QUIET_BPS:
+        if self._now_s < self.rate.end_s and self.rate.at(self._now_s) < QUIET_BPS:
             return False
         fault = self.fault
         if fault is None or not fault.begin_s <= self._now_s < fault.end_s:
@@ -249,9 +251,20 @@ def _share(tokens: Sequence[Token]) -> float:
     return sum(token.warm for token in tokens) / max(1, sum(token.remote for token in tokens))
 
 
-def gaps(roamed: Roamed) -> Array:
-    """Milliseconds (T,) that tokens took."""
-    return 1e3 * np.array([token.took_s for token in roamed.tokens])
+def handovers(roamed: Roamed) -> list[float]:
+    """When one node took over from another."""
+    return [at_s for at_s, _, kind in roamed.moves if kind == "handover"]
+
+
+def after(roamed: Roamed, moments: Sequence[float], within_s: float) -> list[float]:
+    """Seconds that tokens took that came within so long after any of the moments."""
+    starts = np.array(moments)
+    at_s = np.array([token.at_s for token in roamed.tokens])
+    if not len(starts):
+        return []
+    last = np.searchsorted(starts, at_s, "right") - 1
+    soon = (last >= 0) & (at_s - starts[np.maximum(last, 0)] <= within_s)
+    return [token.took_s for token, here in zip(roamed.tokens, soon.tolist(), strict=True) if here]
 
 
 def returns(roamed: Roamed, within_s: float = 10.0) -> int:
@@ -261,8 +274,3 @@ def returns(roamed: Roamed, within_s: float = 10.0) -> int:
         first[1] == third[1] and third[0] - second[0] < within_s
         for first, second, third in zip(moves, moves[1:], moves[2:], strict=False)
     )
-
-
-def spread(stays: Sequence[Stay]) -> Iterator[str]:
-    """Who served, one after the other."""
-    return (stay.node for stay in stays)

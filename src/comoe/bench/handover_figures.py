@@ -1,0 +1,104 @@
+"""From the handover benchmark's rows to its figures, and a page to read. Pure."""
+
+from collections.abc import Iterator, Sequence
+from statistics import median, quantiles
+from typing import Any
+
+from comoe.bench.rows import Row
+
+DRIVE, FAULT = "drive", "fault"
+STAY, NEAREST, RULE, ANNOUNCED = "first node", "nearest at once", "rule", "rule, announced"
+POLICIES = (STAY, NEAREST, RULE, ANNOUNCED)
+
+
+def figures(rows: Sequence[Row]) -> dict[str, Any]:
+    """The document's figures, and its rows.
+
+    All are of the last policy. `gap_p95_over_median_token` is of tokens within 5 s after a handover, over the median of
+    the drive's tokens, the median over drives that have any; `hit_rate_recovery_s` the median over handovers, of which
+    `recovered` is the share that recovered at all before the next; `bytes_moved_share` the most of a drive's mean per
+    handover. `identical` is None: in virtual time no model runs.
+    """
+    drives = [row["policies"][ANNOUNCED] for row in rows if row["kind"] == DRIVE]
+    gaps = [p95(found["soon_ms"]) / found["median_ms"] for found in drives if len(found["soon_ms"]) > 1]
+    recovered = [seconds for found in drives for seconds in found["recovery_s"]]
+    known = [seconds for seconds in recovered if seconds is not None]
+    return {
+        "gap_p95_over_median_token": median(gaps) if gaps else None,
+        "identical": None,
+        "hit_rate_recovery_s": median(known) if known else None,
+        "recovered": len(known) / len(recovered) if recovered else None,
+        "bytes_moved_share": max((found["announced_share"] for found in drives), default=None),
+        "handovers": sum(found["handovers"] for found in drives),
+        "returns": sum(found["returns"] for found in drives),
+        "longest_gap_ms": max((row["longest_gap_ms"] for row in rows if row["kind"] == FAULT), default=None),
+        "rows": list(rows),
+    }
+
+
+def p95(values: Sequence[float]) -> float:
+    """The 95th percentile of two values and more."""
+    return quantiles(values, n=20, method="inclusive")[-1]
+
+
+def page(document: dict[str, Any]) -> str:
+    """The document as Markdown tables."""
+    return "\n".join(_lines(document)) + "\n"
+
+
+def _lines(document: dict[str, Any]) -> Iterator[str]:
+    told = document["settings"]
+    yield "# Handover, in virtual time\n"
+    yield f"Made by `comoe bench handover` {told['comoe']}: recorded drives past {told['edges']} edge nodes. Sessions "
+    yield f"are exact; a device holds {told['capacity_share']:.0%} of the experts' bytes, and what misses runs on the "
+    yield f"node that serves. Announcements name {told['hot_share']:.0%} of the experts at most.\n"
+    yield "| figure | |\n|---|---|"
+    names = [name for name, value in document.items() if isinstance(value, int | float) and not isinstance(value, bool)]
+    yield from (f"| {name} | {document[name]:.3g} |" for name in names)
+    yield ""
+    for model in document["models"]:
+        mine = [row for row in document["rows"] if row["model"] == model]
+        yield f"## {model}\n"
+        yield from _policies([row for row in mine if row["kind"] == DRIVE])
+        yield from _faults([row for row in mine if row["kind"] == FAULT])
+
+
+def _policies(rows: Sequence[Row]) -> Iterator[str]:
+    """Policies over all drives, those with a recorded rate apart."""
+    yield "| drives | policy | handovers | undone in 10 s | lost, stalled | far | ms/token | p95 | p95 after handover "
+    yield "| recovery, s | node's hits |"
+    yield "|---|---|---|---|---|---|---|---|---|---|---|"
+    for recorded in (False, True):
+        some = [row for row in rows if row["recorded"] == recorded]
+        for policy in POLICIES if some else ():
+            found = [row["policies"][policy] for row in some]
+            name = f"{len(some)}, {'recorded' if recorded else 'steady'} rate"
+            yield f"| {name} | {policy} | {_cells(found)} |"
+    yield ""
+
+
+def _cells(found: Sequence[Row]) -> str:
+    soon = [p95(one["soon_ms"]) for one in found if len(one["soon_ms"]) > 1]
+    known = [seconds for one in found for seconds in one["recovery_s"] if seconds is not None]
+    counts = [sum(one["counts"][kind] for one in found) for kind in ("lost", "stalled")]
+    cells = [
+        str(sum(one["handovers"] for one in found)),
+        str(sum(one["returns"] for one in found)),
+        ", ".join(map(str, counts)),
+        f"{median(one['far_share'] for one in found):.0%}",
+        f"{median(one['median_ms'] for one in found):.0f}",
+        f"{median(one['p95_ms'] for one in found):.0f}",
+        f"{median(soon):.0f}" if soon else "",
+        f"{median(known):.1f}" if known else "",
+        f"{median(one['hit_rate'] for one in found):.1%}",
+    ]
+    return " | ".join(cells)
+
+
+def _faults(rows: Sequence[Row]) -> Iterator[str]:
+    yield "| fault | longest gap, ms | tokens in the 30 s after it | what happened |\n|---|---|---|---|"
+    for row in rows:
+        moves = "; ".join(f"{event} {node} at {at_s:.1f} s" for at_s, node, event in row["moves"])
+        counts = ", ".join(f"{count} {kind}" for kind, count in row["counts"].items() if count)
+        yield f"| {row['fault']} | {row['longest_gap_ms']:.0f} | {row['tokens_during']} | {counts}; {moves} |"
+    yield ""
