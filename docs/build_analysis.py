@@ -1,9 +1,11 @@
-"""Write docs/analysis.md from raw results, benchmarks/ladder.json and healing.json: which form wins where, and why."""
+"""Write docs/analysis.md from raw results in benchmarks/: which form wins where, which offloading helps, and why."""
 
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from analysis_offloading import offloading_lines
 
 from comoe.bench.ladder_figures import TARGETS
 from comoe.bench.losses import percent, percents
@@ -35,8 +37,9 @@ TOLD = """\
 
 def main() -> None:
     """Print the page."""
-    ladder, healing = (json.loads((RESULTS / f"{name}.json").read_text("utf-8")) for name in ("ladder", "healing"))
-    print("\n".join(_lines(ladder, healing)))
+    names = ("ladder", "healing", "cache", "bias", "joint")
+    ladder, healing, *offloading = (json.loads((RESULTS / f"{name}.json").read_text("utf-8")) for name in names)
+    print("\n".join([*_lines(ladder, healing), "", *offloading_lines(*offloading)]).rstrip())
 
 
 def _lines(document: dict[str, Any], healing: dict[str, Any]) -> Iterator[str]:

@@ -89,6 +89,27 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def self_contained(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pack of the tiny checkpoint that needs no other file. Shared by all tests: read it."""
+    from commands import calibration_text
+
+    from comoe.make.calibrate import texts_of
+    from comoe.make.pack import pack
+    from comoe.make.recipe import Recipe
+
+    folder = tmp_path_factory.mktemp("published")
+    recipe = Recipe(texts=texts_of([calibration_text(folder)]), num_tokens=4096, self_contained=True)
+    pack(tiny_checkpoint, folder / "tiny.comoe", recipe, lambda step, done: None)
+    return folder / "tiny.comoe"
+
+
+@pytest.fixture
+def published(self_contained: Path, tmp_path: Path) -> Path:
+    """A copy of it, of the test's own, as somebody publishes it."""
+    return Path(shutil.copytree(self_contained, tmp_path / "published"))
+
+
+@pytest.fixture(scope="session")
 def packed(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pack of the tiny checkpoint in all forms, with a certificate. Shared by all tests: read it."""
     from commands import calibration_text

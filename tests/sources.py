@@ -13,17 +13,16 @@ from comoe.types import BlobId
 class MemorySource:
     """Blobs in a dict: the smallest source there is."""
 
-    tier = "flash"
-
     def __init__(self, blobs: dict[BlobId, bytes]) -> None:
         self._blobs = blobs
 
     def nbytes(self, blob: BlobId) -> int:
         return len(self._blobs[blob])
 
-    def read(self, blob: BlobId, into: memoryview) -> None:
+    def read(self, blob: BlobId, into: memoryview) -> str:
         data = self._blobs[blob]
         into[: len(data)] = data
+        return "flash"
 
 
 def read(source: Source, blob: BlobId) -> bytes:
@@ -95,4 +94,6 @@ class SourceContract:
             assert [reader.result() for reader in readers] == [[], [], []]
 
     def test_its_tier_is_a_known_one(self, held: tuple[Source, dict[BlobId, bytes]]) -> None:
-        assert held[0].tier in ("ram", "flash", "edge", "origin")
+        source, blobs = held
+        blob = next(iter(blobs))
+        assert source.read(blob, page_buffer(source.nbytes(blob))) in ("flash", "edge", "origin")

@@ -21,8 +21,6 @@ PATIENCE_S = 20.0
 class GatedSource:
     """Blobs of NBYTES equal bytes. While `gated`, each read announces itself in `begun` and waits for `let`."""
 
-    tier = "flash"
-
     def __init__(self) -> None:
         self.gated = False
         self.broken: set[BlobId] = set()
@@ -35,7 +33,7 @@ class GatedSource:
             raise KeyError(blob)
         return NBYTES
 
-    def read(self, blob: BlobId, into: memoryview) -> None:
+    def read(self, blob: BlobId, into: memoryview) -> str:
         self.order.append(blob)
         self.begun.release()
         if self.gated:
@@ -43,6 +41,7 @@ class GatedSource:
         if blob in self.broken:
             raise OSError(f"{blob} is broken")
         np.frombuffer(into, np.uint8)[:] = value(blob)
+        return "flash"
 
     def await_read(self) -> None:
         assert self.begun.acquire(timeout=PATIENCE_S)

@@ -49,7 +49,14 @@ def test_the_page_has_a_line_for_every_row() -> None:
 
 def ahead(prefetch: str, ratio: float, ms: float, rate: float) -> dict[str, Any]:
     name = {"kind": "ahead", "model": "a", "share": 0.5, "ratio": ratio, "prefetch": prefetch, "fits": True}
-    times = {"decode_ms": ms, "prefill_ms": 2 * ms, "bytes_read": 100, "prefetched_bytes": 20, "wasted_bytes": 10 * ms}
+    times = {
+        "decode_ms": ms,
+        "prefill_ms": 2 * ms,
+        "whole_ms": 3 * ms,
+        "bytes_read": 100,
+        "prefetched_bytes": 20,
+        "wasted_bytes": 10 * ms,
+    }
     return {**name, "byte_hit_rate": rate, **times}
 
 
@@ -72,6 +79,7 @@ def test_figures_of_reading_ahead_are_over_the_same_cell_without_and_the_worst_l
     assert found["belady_share_ahead"] == pytest.approx({"0.25": 1.25, "4.0": 0.75})
     assert (found["prefetch_vs_off"], found["prefetch_vs_off_ci95"]) == (1.02, pytest.approx([0.92, 1.12]))
     assert found["prefetch_vs_off_replayed"] == pytest.approx([0.7, 0.9])
+    assert found["prefetch_vs_off_whole"] == pytest.approx([0.7, 0.9])
     assert found["wasted_share"] == pytest.approx(0.09)
     assert found["slot_recall"] == {"learned": [0.7, 0.9]}
 
@@ -79,7 +87,7 @@ def test_figures_of_reading_ahead_are_over_the_same_cell_without_and_the_worst_l
 def test_the_page_shows_what_reading_ahead_saves() -> None:
     settings = {"comoe": "0", "decode_tokens_per_domain": 8, "domains": ["x"]}
     shown = page({"settings": settings, "models": {"a": ""}, **figures([*ROWS, *READ_AHEAD])})
-    assert "| 50% | 0.25 | auto | 125.0% | 0.500 | 0.500 | 1.000 | 5.0% |" in shown
+    assert "| 50% | 0.25 | auto | 125.0% | 0.500 | 0.500 | 0.500 | 1.000 | 5.0% |" in shown
     assert "| 1 | 0.800 (0.700 to 0.900) | 1.00 | 2.00 | yes |" in shown
     assert "| learned | 0.80 (0.90) | 0.70 (0.95) |" in shown
 

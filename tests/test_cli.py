@@ -17,6 +17,7 @@ from comoe.make.recipe import Recipe
 from comoe.store.blobfile import read_header
 from comoe.store.manifest import read_manifest
 from comoe.store.pack import Pack
+from comoe.store.shipped import presets
 
 TOKENS = ("--calib-tokens", 4096)
 
@@ -266,6 +267,21 @@ def test_a_percentage_of_the_settings_file_is_what_the_flag_would_be(
     Path("comoe.toml").write_text(f'max-loss = {value}\nexpert-memory = "50%"')
     plans = document(comoe("plan", packed, "--json"))["plans"]
     assert ("bounded" in {plan["name"] for plan in plans}) == bounded
+
+
+@pytest.mark.parametrize(
+    ("preset", "bounded"), [("faithful", False), ("balanced", True), ("small", True), ("slow-reads", True)]
+)
+def test_a_preset_is_a_settings_file_that_comes_along(comoe: Comoe, packed: Path, preset: str, bounded: bool) -> None:
+    plans = document(comoe("--config", preset, "plan", packed, "--expert-memory", "50%", "--json"))["plans"]
+    assert ("bounded" in {plan["name"] for plan in plans}) == bounded
+    assert preset in presets()
+
+
+def test_an_unknown_preset_is_refused_with_those_that_there_are(comoe: Comoe, packed: Path) -> None:
+    result = comoe("--config", "tiny", "plan", packed)
+    assert (result.code, result.out) == (2, "")
+    assert "balanced, faithful, slow-reads, small" in result.sentence
 
 
 # Bad input

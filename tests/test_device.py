@@ -184,10 +184,10 @@ class SlowSource(MemorySource):
         self.clock, self.latency_s, self.read_bps = clock, latency_s, read_bps
         self.order: list[BlobId] = []
 
-    def read(self, blob: BlobId, into: memoryview) -> None:
-        super().read(blob, into)
+    def read(self, blob: BlobId, into: memoryview) -> str:
         self.order.append(blob)
         self.clock.now += self.latency_s + self.nbytes(blob) / self.read_bps
+        return super().read(blob, into)
 
 
 def rate_of(sizes: list[int], latency_s: float) -> tuple[float, float]:

@@ -144,12 +144,10 @@ def test_the_smallest_budget_is_really_the_smallest(planner: Planner, bound: flo
 class NoSource:
     """A source of nothing: a cache asks it for nothing before something is served."""
 
-    tier = "flash"
-
     def nbytes(self, blob: object) -> int:
         raise KeyError(blob)
 
-    def read(self, blob: object, into: memoryview) -> None:
+    def read(self, blob: object, into: memoryview) -> str:
         raise KeyError(blob)
 
 

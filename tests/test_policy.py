@@ -9,12 +9,18 @@ from hypothesis import strategies as st
 from policies import PolicyContract, blob
 
 from comoe.memory import ranking
-from comoe.memory.policy import GDSF, LFU, LRU, POLICIES, Policy, read_seconds
+from comoe.memory.policy import GDSF, LFU, LRU, POLICIES, Fixed, Policy, read_seconds
 from comoe.memory.ranking import Ranking
 
 
 def rows(policy: Policy) -> list[int]:
     return [name.row for name in policy.victims()]
+
+
+def came(policy: Policy, row: int, nbytes: int = 1) -> None:
+    """The blob came in for a use."""
+    policy.inserted(blob(row), nbytes)
+    policy.touched(blob(row))
 
 
 class TestLRU(PolicyContract):
@@ -40,27 +46,36 @@ class TestLFU(PolicyContract):
     @pytest.mark.parametrize(("half_life", "first"), [(1.0, 0), (100.0, 1)])
     def test_old_uses_count_less(self, half_life: float, first: int) -> None:
         policy = LFU(half_life)
-        for row in (0, 1):
-            policy.inserted(blob(row), 1)
-        for row in (0, 0, 0, 2, 2, 2, 2, 1):
-            (policy.touched if row < 2 else lambda name: policy.inserted(name, 1))(blob(row))
+        for row in (0, 1, 2):
+            came(policy, row)
+        for row in (0, 0, 0, 2, 2, 2, 1):
+            policy.touched(blob(row))
         assert next(policy.victims()) == blob(first)
 
     @given(st.lists(st.integers(0, 4), max_size=40), st.floats(0.5, 50))
     def test_the_order_is_that_of_scores_which_decay_at_every_use(self, uses: list[int], half_life: float) -> None:
         policy, scores = LFU(half_life), dict.fromkeys(range(5), 0.0)
         for row in [*range(5), *uses]:
-            policy.touched(blob(row)) if scores[row] else policy.inserted(blob(row), 1)
+            policy.touched(blob(row)) if scores[row] else came(policy, row)
             scores = {of: score * 0.5 ** (1 / half_life) + (of == row) for of, score in scores.items()}
         order = [scores[row] for row in rows(policy)]
         assert order == pytest.approx(sorted(order), rel=1e-9)
 
     @pytest.mark.parametrize(("known", "first"), [(3, 0), (100, 1)])
     def test_the_more_blobs_there_are_the_longer_uses_count(self, known: int, first: int) -> None:
-        policy = self.filled(known)
+        policy = LFU()
+        for row in range(known):
+            came(policy, row)
         for row in (*[0] * 5, *[2] * 12, 1, 1):
             policy.touched(blob(row))
         assert next(row for row in rows(policy) if row in (0, 1)) == first
+
+    def test_what_came_ahead_of_a_use_goes_before_what_was_used(self) -> None:
+        policy = LFU()
+        came(policy, 0)
+        policy.inserted(blob(1), 1)
+        came(policy, 2)
+        assert rows(policy)[0] == 1
 
     def test_a_blob_that_comes_back_is_remembered(self) -> None:
         policy = self.filled(2)
@@ -87,7 +102,7 @@ class TestGDSF(PolicyContract):
     def test_of_equal_uses_the_blob_goes_first_whose_bytes_are_cheapest_to_read_again(self) -> None:
         policy = GDSF(read_seconds(latency_s=1.0, bps=10.0))
         for row, nbytes in ((0, 10), (1, 1000), (2, 100)):
-            policy.inserted(blob(row), nbytes)
+            came(policy, row, nbytes)
         assert rows(policy) == [1, 2, 0]
         policy.touched(blob(1))
         assert rows(policy) == [2, 0, 1]
@@ -101,15 +116,26 @@ class TestGDSF(PolicyContract):
 
     def test_what_comes_in_stands_above_what_left_so_that_old_fame_passes(self) -> None:
         policy = GDSF(lambda nbytes: nbytes)
-        policy.inserted(blob(0), 1)
+        came(policy, 0)
         for _ in range(2):
             policy.touched(blob(0))  # a worth of 3
         for row in range(1, 4):
-            policy.inserted(blob(row), 1)
+            came(policy, row)
             if row < 3:
                 assert next(policy.victims()) == blob(row)
                 policy.removed(blob(row))
         assert next(policy.victims()) == blob(0)
+
+
+class TestFixed(PolicyContract):
+    def make(self) -> Policy:
+        return Fixed(lambda name: name.row % 3)
+
+    def test_what_is_worth_least_goes_first_whatever_is_used(self) -> None:
+        policy = self.filled(3)
+        for row in (0, 0, 1):
+            policy.touched(blob(row))
+        assert rows(policy) == [0, 1, 2]
 
 
 def test_every_policy_has_a_name_and_is_made_afresh() -> None:

@@ -72,9 +72,9 @@ def live(
     reads: list[BlobId] = []
     plain = Pack.read
 
-    def read(self: Pack, blob: BlobId, into: memoryview) -> None:
+    def read(self: Pack, blob: BlobId, into: memoryview) -> str:
         reads.append(blob)
-        plain(self, blob, into)
+        return plain(self, blob, into)
 
     with monkeypatch.context() as patch:
         patch.setattr(Pack, "read", read)

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from policies import blob
 
-from comoe.memory.policy import LRU
+from comoe.memory.policy import LFU, LRU
 from comoe.memory.residency import Phase, Residency, Ticket
 from comoe.types import BlobId, DoesNotFit
 
@@ -243,6 +243,18 @@ def test_a_blob_that_is_being_prefetched_is_not_read_twice_when_demanded() -> No
     core.loaded(blob(0))
     assert ticket.phase is Phase.READY
     assert core.tally.prefetch_used == 1
+
+
+def test_what_is_read_for_a_demand_counts_as_used_once_what_is_read_ahead_when_it_is() -> None:
+    policy = LFU()
+    core = Residency(16, size_of, policy)
+    core.prefetch(group(0))
+    load_all(core)
+    for rows in (group(1), group(1), group(0), group(2)):
+        ticket = core.demand(rows)
+        load_all(core)
+        core.release(ticket)
+    assert [name.row for name in policy.victims()] == [0, 2, 1]
 
 
 def test_a_prefetch_never_evicts_what_is_pinned() -> None:

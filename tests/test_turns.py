@@ -24,7 +24,13 @@ class Handle:
 
     def stats(self) -> dict[str, Any]:
         rates = {"hit_rate": self.hits / self.uses, "floor_rate": 0.0}
-        return {"uses": self.uses, **rates, "bytes_read": {"flash": self.read}, "loss_ledger": self.uses / 1000}
+        return {
+            "uses": self.uses,
+            **rates,
+            "bytes_read": {"flash": self.read},
+            "loss_ledger": self.uses / 1000,
+            "expert_s": self.uses / 100,
+        }
 
 
 class StubEvaluation:
@@ -57,6 +63,7 @@ def test_the_first_step_and_its_prompt_are_no_decoding() -> None:
     assert dict(found.bytes_read) == {"flash": 12}
     assert dict(found.bytes_read_first) == {"flash": 2006}
     assert found.ledger == [0.016, 0.016]
+    assert found.expert_s == pytest.approx(0.08)
 
 
 def test_sides_take_turns_and_take_turns_in_going_first() -> None:

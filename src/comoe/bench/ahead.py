@@ -37,6 +37,7 @@ def replayed(trace: Trace, cell: Cell, ratio: float, pack: Pack, group_of: Group
         "byte_hit_rate": found.byte_hit_rate,
         "decode_ms": float(found.ms[decode].mean()),
         "prefill_ms": float(found.ms[~decode].mean()),
+        "whole_ms": float(found.ms.sum()),
         "bytes_read": int(found.bytes_read.sum()),
         "prefetched_bytes": found.tally.prefetched,
         "wasted_bytes": found.tally.prefetch_wasted,

@@ -18,15 +18,19 @@ BELADY = "belady"
 """The policy that knows what comes: of one trace, nobody has more hits without reading ahead."""
 
 
+_COMPARED = ("decode_ms", "prefill_ms", "whole_ms", "bytes_read")
+
+
 def figures(rows: Sequence[Row]) -> dict[str, Any]:
     """The document's figures, and its rows; those of policies and of reading ahead with `belady_share`.
 
     That is byte hits over Belady's in the same cell. `belady_share_by_policy` is each policy's least of all cells;
     `best_policy` has the highest of these, which is the document's `belady_share`; `belady_share_ahead` has the least
     of all cells with reading ahead, by what a read takes over what a layer takes. `prefetch_vs_off` is the highest
-    ratio of times live, `prefetch_vs_off_replayed` the median and the highest of decoding on the virtual clock;
-    `wasted_share` the most bytes that reading ahead wasted, of all that were read. `slot_recall` is the least of all
-    layers by predictor: among as many experts as are used, and among twice as many. None where nothing fits.
+    ratio of times live; `prefetch_vs_off_replayed` the median and the highest of decoding on the virtual clock, and so
+    `_prompts`, and `_whole` of both; `wasted_share` the most bytes that reading ahead wasted, of all that were read.
+    `slot_recall` is the least of all layers by predictor: among as many experts as are used, and among twice as many.
+    None where nothing fits.
     """
     best = {_cell(row): row["byte_hit_rate"] for row in _fitting(rows, POLICY) if row["policy"] == BELADY}
     shown = [{**row, "belady_share": _share(row, best)} if _has_hits(row) else row for row in rows]
@@ -47,8 +51,10 @@ def figures(rows: Sequence[Row]) -> dict[str, Any]:
 def _ahead(rows: Sequence[Row]) -> dict[str, Any]:
     auto = [row for row in _fitting(rows, AHEAD) if row["prefetch"] == "auto"]
     off = {(*_cell(row), row["ratio"]): row for row in _fitting(rows, AHEAD) if row["prefetch"] == "off"}
-    times = [row["decode_ms"] / off[*_cell(row), row["ratio"]]["decode_ms"] for row in auto]
-    prompts = [row["prefill_ms"] / off[*_cell(row), row["ratio"]]["prefill_ms"] for row in auto]
+    over_off = {
+        key: [row[key] / off[*_cell(row), row["ratio"]][key] for row in auto]
+        for key in ("decode_ms", "prefill_ms", "whole_ms")
+    }
     worst = max(_fitting(rows, LIVE), key=lambda row: float(row["ratio_of_times"]), default=None)
     recall: dict[str, list[list[float]]] = {}
     for row in rows:
@@ -61,13 +67,18 @@ def _ahead(rows: Sequence[Row]) -> dict[str, Any]:
         },
         "prefetch_vs_off": worst["ratio_of_times"] if worst else None,
         "prefetch_vs_off_ci95": worst["ratio_of_times_ci95"] if worst else None,
-        "prefetch_vs_off_replayed": [median(times), max(times)] if times else None,
-        "prefetch_vs_off_prompts": [median(prompts), max(prompts)] if prompts else None,
+        "prefetch_vs_off_replayed": _middle_and_most(over_off["decode_ms"]),
+        "prefetch_vs_off_prompts": _middle_and_most(over_off["prefill_ms"]),
+        "prefetch_vs_off_whole": _middle_and_most(over_off["whole_ms"]),
         "wasted_share": max(
             (row["wasted_bytes"] / row["bytes_read"] for row in auto if row["bytes_read"]), default=None
         ),
         "slot_recall": {name: np.min(found, 0).tolist() for name, found in recall.items() if found},
     }
+
+
+def _middle_and_most(values: Sequence[float]) -> list[float] | None:
+    return [median(values), max(values)] if values else None
 
 
 def _fitting(rows: Sequence[Row], kind: str) -> list[Row]:
@@ -110,8 +121,8 @@ def _of_model(rows: Sequence[Row]) -> Iterator[str]:
     yield from (_policy_line(row) for row in rows if row["kind"] == POLICY)
     yield "\nReading ahead under `lfu` over not reading ahead, on the virtual clock; a read takes so many times what a "
     yield "layer takes. Wasted: evicted before any use, of all bytes read.\n"
-    yield "| memory | read | reads ahead | bytes hit of Belady's | decoding | prompts | bytes read | wasted |"
-    yield "|---|---|---|---|---|---|---|---|"
+    yield "| memory | read | reads ahead | bytes hit of Belady's | decoding | prompts | both | bytes read | wasted |"
+    yield "|---|---|---|---|---|---|---|---|---|"
     yield from _ahead_lines(rows)
     yield "\nFor real, in 16 % of memory, in turns: the median of all windows but the first, and its interval.\n"
     yield "| read | decoding, with over without | ms with | ms without | goes on |"
@@ -136,7 +147,7 @@ def _ahead_lines(rows: Sequence[Row]) -> Iterator[str]:
     for row in _fitting(rows, AHEAD):
         if row["prefetch"] != "off":
             plain = off[row["share"], row["ratio"]]
-            ratios = " | ".join(f"{row[key] / plain[key]:.3f}" for key in ("decode_ms", "prefill_ms", "bytes_read"))
+            ratios = " | ".join(f"{row[key] / plain[key]:.3f}" for key in _COMPARED)
             yield (
                 f"| {row['share']:.0%} | {row['ratio']:g} | {row['prefetch']} | {row['belady_share']:.1%} | {ratios} "
                 f"| {row['wasted_bytes'] / max(row['bytes_read'], 1):.1%} |"

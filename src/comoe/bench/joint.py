@@ -35,7 +35,7 @@ NAME = "joint"
 BOUND = 0.005
 """The loss that methods keep within, where they may lose anything."""
 
-FULL = Scope((0.08, 0.12, 0.16, 0.24, 0.4), (1.0, 4.0, 16.0), None, 48, 256, 24, 49152, 6, 32)
+FULL = Scope((0.08, 0.12, 0.16, 0.24, 0.4), (1.0, 4.0, 16.0), None, 32, 96, 24, 49152, 6, 32)
 QUICK = Scope((0.16,), (1.0,), 2, 24, 24, 4, 5120, 1, 8)
 
 OFFLOADERS = (("lru", "off"), ("lfu", "off"), ("lfu", "auto"))
@@ -45,7 +45,7 @@ BEST = OFFLOADERS[1:]
 STEPS_TRIED = 4
 """Of the chain within the bound, so many of the smallest."""
 
-LEADING = 3
+LEADING = 2
 """Ways, the fastest without, of which others with a routing bias are tried."""
 
 BIASES = (1.0, 4.0)

@@ -1,10 +1,12 @@
 """From the joint benchmark's rows to its figures, and a page to read. Pure."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from statistics import median
 from typing import Any
 
-from comoe.bench.losses import percent
+import numpy as np
+
+from comoe.bench.losses import percent, percents
 from comoe.bench.rows import Row
 from comoe.units import format_size
 
@@ -27,8 +29,10 @@ def figures(rows: Sequence[Row]) -> dict[str, Any]:
     """The document's figures, and its rows.
 
     `ratio_at_16` is the median, over models and rates, of the joint way's ms/token over the best separable one's in
-    16 % of the bytes; `loss_ratio_at_16` that of its loss where it is as fast. `cells_no_worse` of `cells` have a joint
-    way that is not slower by more than a hundredth; `median_ratio` is over all of them. None where nothing fits.
+    16 % of the bytes, `ratio_at_16_live` that of the times of threads and reads; `loss_ratio_at_16` that of its loss
+    where it is as fast. `cells_no_worse` of `cells` have a joint way that is not slower by more than a hundredth;
+    `median_ratio` is over all of them. `foretold` is how far the virtual clock is off what was timed live, over so many
+    ways of so many cells. None where nothing fits.
     """
     ratios = {_cell(row): row["methods"][JOINT]["ms"] / row["methods"][SEPARABLE]["ms"] for row in _compared(rows)}
     losses = [
@@ -36,21 +40,41 @@ def figures(rows: Sequence[Row]) -> dict[str, Any]:
         for row in _compared(rows)
         if row["share"] == SHARE and row["methods"][SEPARABLE]["loss"] > 0
     ]
-    at_share = [ratio for (_, share, _), ratio in ratios.items() if share == SHARE]
+    live = [row for row in rows if row["kind"] == LIVE_KIND]
+    timed = [row["methods"][JOINT]["ratio_of_times"] for row in live if row["share"] == SHARE and _both(row)]
     return {
-        "ratio_at_16": median(at_share) if at_share else None,
-        "loss_ratio_at_16": median(losses) if losses else None,
+        "ratio_at_16": _median(ratio for (_, share, _), ratio in ratios.items() if share == SHARE),
+        "ratio_at_16_live": _median(timed),
+        "loss_ratio_at_16": _median(losses),
         "cells": len(ratios),
         "cells_no_worse": sum(ratio <= NO_WORSE for ratio in ratios.values()),
-        "median_ratio": median(ratios.values()) if ratios else None,
+        "median_ratio": _median(ratios.values()),
+        "foretold": _foretold(live),
         "rows": list(rows),
     }
+
+
+def _foretold(live: Sequence[Row]) -> Row | None:
+    ways = [{str(found["way"]): found for found in row["methods"].values()}.values() for row in live]
+    errors = [abs(found["ms_foretold"] / found["ms"] - 1) for row in ways for found in row]
+    if not errors:
+        return None
+    return {"ways": len(errors), "median_error": median(errors), "p95_error": float(np.quantile(errors, 0.95))}
+
+
+def _median(values: Iterable[float]) -> float | None:
+    found = list(values)
+    return median(found) if found else None
 
 
 def _compared(rows: Sequence[Row]) -> list[Row]:
     """Cells in which both sides fit."""
     cells = [row for row in rows if row["kind"] == "cell"]
-    return [row for row in cells if all(row["methods"].get(name, {}).get("fits") for name in (JOINT, SEPARABLE))]
+    return [row for row in cells if _both(row) and all(row["methods"][name]["fits"] for name in (JOINT, SEPARABLE))]
+
+
+def _both(row: Row) -> bool:
+    return JOINT in row["methods"] and SEPARABLE in row["methods"]
 
 
 def _cell(row: Row) -> tuple[str, float, float]:
@@ -67,27 +91,83 @@ def _lines(document: dict[str, Any]) -> Iterator[str]:
     yield "# Joint\n"
     yield f"Made by `comoe bench joint` {settings['comoe']}: {settings['judged_tokens_per_domain']} tokens of each of "
     yield f"{len(settings['domains'])} domains on a virtual clock, within a loss of {percent(settings['bound'])} by "
-    yield "calibration text. A read of an exact expert takes so many times what a layer takes. A loss with a tilde is "
-    yield "the ledger's, others are measured.\n"
+    yield "calibration text. A read of an exact expert takes so many times what a layer takes. Losses are measured, "
+    yield 'with their 95 % interval; "exact, lru" is what mapping the file comes to at best, with the right hints.\n'
+    yield from _summary(document)
+    rows = document["rows"]
     for model in document["models"]:
-        yield f"## {model}\n"
-        for row in document["rows"]:
-            if row["kind"] == "cell" and row["model"] == model:
-                yield f"### {row['share']:.0%} of the bytes, a read {row['ratio']:g} times a layer\n"
-                yield "| method | way | ms/token | p95 | prompt, ms | read per token | hits | loss |"
-                yield "|---|---|---|---|---|---|---|---|"
-                yield from (_line(name, found) for name, found in row["methods"].items())
-                yield ""
+        mine = [row for row in rows if row["model"] == model]
+        yield f"\n## {model}\n"
+        yield from _resident([row for row in mine if row["kind"] == RESIDENT_KIND])
+        for row in mine:
+            if row["kind"] == "cell":
+                live = next(
+                    (other for other in mine if other["kind"] == LIVE_KIND and _cell(other) == _cell(row)), None
+                )
+                yield from _cell_lines(row, live["methods"] if live else {})
 
 
-def _line(name: str, found: Row) -> str:
+def _summary(document: dict[str, Any]) -> Iterator[str]:
+    yield "| the joint way against the best separable one | |"
+    yield "|---|---|"
+    yield f"| ms/token in 16 % of the bytes, virtual | {_times(document['ratio_at_16'])} |"
+    yield f"| the same, live | {_times(document['ratio_at_16_live'])} |"
+    yield f"| loss where it is as fast, in 16 % | {_times(document['loss_ratio_at_16'])} |"
+    yield f"| ms/token, median of all cells | {_times(document['median_ratio'])} |"
+    yield f"| cells in which it is no slower | {document['cells_no_worse']} of {document['cells']} |"
+    if found := document["foretold"]:
+        yield (
+            f"| the virtual clock's error, of {found['ways']} ways | median {found['median_error']:.1%}, "
+            f"p95 {found['p95_error']:.1%} |"
+        )
+
+
+def _times(ratio: float | None) -> str:
+    return "-" if ratio is None else f"{ratio:.2f}x"
+
+
+def _resident(rows: Sequence[Row]) -> Iterator[str]:
+    yield "### Pruned or merged, all in memory, nothing read\n"
+    yield "| method | share of the bytes | resident | ms/token | loss | worst domain |"
+    yield "|---|---|---|---|---|---|"
+    for row in rows:
+        if row["fits"]:
+            yield (
+                f"| {row['method']} | {row['share']:.0%} | {format_size(row['resident_bytes'])} | {row['ms']:.2f} "
+                f"| {_loss(row)} | {percent(row['loss_worst_domain'])} |"
+            )
+        else:
+            yield f"| {row['method']} | {row['share']:.0%} | is never so small |" + " |" * 3
+    yield ""
+
+
+def _cell_lines(row: Row, live: Row) -> Iterator[str]:
+    yield f"### {row['share']:.0%} of the bytes, a read {row['ratio']:g} times a layer\n"
+    yield (
+        "| method | way | resident | ms/token | p95 | live | foretold | prompt, ms | read per token | hits | moved "
+        "| loss | worst domain |"
+    )
+    yield "|---" * 13 + "|"
+    yield from (_line(name, found, live.get(name)) for name, found in row["methods"].items())
+    yield ""
+
+
+def _line(name: str, found: Row, live: Row | None) -> str:
     if not found["fits"]:
-        return f"| {name} | does not fit |" + " |" * 6
+        return f"| {name} | does not fit |" + " |" * 11
     way = found.get("way")
     shown = f"{way['rung']}, {way['policy']}, {way['prefetch']}" if way else "the future is known"
     shown += f", floor {way['floor']}" if way and way["floor"] else ""
-    loss = percent(found["loss"]) if "loss" in found else f"~{percent(found.get('loss_ledger', 0.0))}"
+    shown += f", bias {way['bias']:g}" if way and way["bias"] else ""
+    timed = f"{live['ms']:.2f} | {live['ms_foretold']:.2f}" if live else " | "
+    resident = format_size(found["resident_bytes"]) if "resident_bytes" in found else ""
+    lost = f"{_loss(found)} | {percent(found['loss_worst_domain'])}" if "loss" in found else " | "
     return (
-        f"| {name} | {shown} | {found['ms']:.2f} | {found['ms_p50_p95'][1]:.2f} | {found['prefill_ms']:.0f} "
-        f"| {format_size(round(found['bytes_per_token']))} | {found['hit_rate']:.1%} | {loss} |"
+        f"| {name} | {shown} | {resident} | {found['ms']:.2f} | {found['ms_p50_p95'][1]:.2f} | {timed} "
+        f"| {found['prefill_ms']:.0f} | {format_size(round(found['bytes_per_token']))} | {found['hit_rate']:.1%} "
+        f"| {percent(found.get('moved_share', 0.0))} | {lost} |"
     )
+
+
+def _loss(row: Row) -> str:
+    return f"{percent(row['loss'])} ({percents(row['loss_ci95'])})"

@@ -53,6 +53,7 @@ class Match:
     def __init__(self, of: Contender, timing: Row, capacity: int, ratio: float, bound: float) -> None:
         self._of, self._timing, self._ratio = of, timing, ratio
         self._chosen: dict[Way, float | None] = {}
+        self._judged: dict[Way, Row] = {}
         self.capacity, self.bound = capacity, bound
 
     def holds(self, rung: str) -> bool:
@@ -81,6 +82,20 @@ class Match:
         """What a way of serving comes to on the judging text."""
         if way is None:
             return {"fits": False}
+        if way not in self._judged:
+            self._judged[way] = self._judge(way)
+        return self._judged[way]
+
+    def clairvoyant(self, rung: str) -> Row:
+        """Who streams this rung, reads nothing ahead and knows what comes: nobody has more hits."""
+        trace = self._of.traces[1]
+        cell = belady(trace, self._of.group_of(rung), self.capacity)
+        try:
+            return {"fits": True, **_columns(self._replayed(trace, cell, rung), trace)}
+        except DoesNotFit:
+            return {"fits": False}
+
+    def _judge(self, way: Way) -> Row:
         told: Row = {"fits": True, "way": way._asdict(), "resident_bytes": self._resident(way)}
         try:
             if not way.is_plain:
@@ -89,15 +104,6 @@ class Match:
             trace = self._of.traces[1]
             return {**told, **_columns(self._replayed(trace, self._cell(way, trace), way.rung), trace),
                     **self._of.loss(way.rung)}  # fmt: skip
-        except DoesNotFit:
-            return {"fits": False}
-
-    def clairvoyant(self, rung: str) -> Row:
-        """Who streams this rung, reads nothing ahead and knows what comes: nobody has more hits."""
-        trace = self._of.traces[1]
-        cell = belady(trace, self._of.group_of(rung), self.capacity)
-        try:
-            return {"fits": True, **_columns(self._replayed(trace, cell, rung), trace)}
         except DoesNotFit:
             return {"fits": False}
 

@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from comoe.cli.bench import command as bench
+from comoe.cli.cache import app as cache
 from comoe.cli.command import Command
 from comoe.cli.config import defaults_of
 from comoe.cli.demo import command as demo
@@ -27,7 +28,7 @@ from comoe.cli.trace import command as trace
 from comoe.cli.verify import command as verify
 from comoe.types import ComoeError
 
-RUN_PACKAGES = {"torch", "transformers", "safetensors", "scipy"}
+RUN_PACKAGES = {"torch", "transformers", "safetensors", "scipy", "obstore"}
 
 app = typer.Typer(
     name="comoe",
@@ -57,6 +58,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
 for name, command in COMMANDS.items():
     app.command(name, cls=Command)(command)
 app.add_typer(profile, name="profile")
+app.add_typer(cache, name="cache")
 
 
 def _print_version(wanted: bool) -> None:
@@ -71,7 +73,12 @@ def _print_version(wanted: bool) -> None:
 def begin(
     context: typer.Context,
     config: Annotated[
-        str | None, typer.Option(envvar="COMOE_CONFIG", metavar="FILE", help="Settings file instead of ./comoe.toml.")
+        str | None,
+        typer.Option(
+            envvar="COMOE_CONFIG",
+            metavar="FILE|PRESET",
+            help="Settings file instead of ./comoe.toml, or faithful, balanced, small, slow-reads.",
+        ),
     ] = None,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and stop.")

@@ -11,23 +11,26 @@ from pathlib import Path
 from typing import Any
 
 from comoe.cli.rivals import displaced
+from comoe.store.shipped import presets
 from comoe.types import UnknownKey, UsageError
 
 FILE = "comoe.toml"
 
 
 def defaults_of(path: str | None, group: Any) -> dict[str, dict[str, Any]]:
-    """{command: {parameter: value}} of the file `path`, of ./comoe.toml where it is None and there is one.
+    """{command: {parameter: value}} of the file or preset `path`, of ./comoe.toml where it is None and there is one.
 
     Raises UsageError for a file that cannot be read, UnknownKey for a key that no command has.
     """
     file = Path(path or FILE)
-    if path is None and not file.exists():
-        return {}
+    if not file.exists():
+        if path is None:
+            return {}
+        file = presets().get(path, file)
     try:
         document = tomllib.loads(file.read_text("utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{file} cannot be read: {error}.") from error
+        raise UsageError(f"{file} cannot be read: {error}. Presets are {', '.join(presets())}.") from error
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"{file} is not TOML: {error}.") from error
     flags = {name: _flags(command) for name, command in group.commands.items()}

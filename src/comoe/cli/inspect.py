@@ -5,9 +5,10 @@ from typing import Annotated, Any
 
 from typer import Option
 
-from comoe.cli.options import Json, PackPath, Source
+from comoe.cli.options import CacheFolder, Json, PackPlace, Source, TokenFile, access
 from comoe.cli.picture import picture_of
 from comoe.cli.terminal import print_json, print_table, say
+from comoe.net.place import folder_of
 from comoe.plan.ladder import ladder_of
 from comoe.store.manifest import Certificate, Manifest, read_manifest
 from comoe.store.pack import folder_bytes, refuse_idle_source, source_problem
@@ -16,7 +17,7 @@ from comoe.units import format_loss, format_size
 
 
 def command(
-    pack: PackPath,
+    pack: PackPlace,
     plot: Annotated[
         Path | None,
         Option(
@@ -24,6 +25,8 @@ def command(
         ),
     ] = None,
     source: Source = None,
+    cache: CacheFolder = None,
+    token_file: TokenFile = None,
     json: Json = False,
 ) -> None:
     """Show what is in a pack.
@@ -33,14 +36,15 @@ def command(
 
     Reads the manifest alone. A checkpoint that moved is remarked on; verify looks at every byte.
     """
-    manifest = read_manifest(pack)
-    refuse_idle_source(source, pack, manifest)
-    problem = source_problem(pack, manifest, source)
+    folder = folder_of(pack, access(cache, None, token_file, None))
+    manifest = read_manifest(folder)
+    refuse_idle_source(source, folder, manifest)
+    problem = source_problem(folder, manifest, source)
     if plot is not None:
         _draw(manifest, plot)
     own = {
-        "pack": str(pack),
-        "pack_bytes": folder_bytes(pack),
+        "pack": pack,
+        "pack_bytes": folder_bytes(folder),
         "source_problem": problem,
         "plot": None if plot is None else str(plot),
     }

@@ -1,12 +1,14 @@
 """Flags that several commands share, each spelled and explained once, and what they mean together."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 from typer import Argument, Option
 
+from comoe.net.address import Access
 from comoe.types import UsageError
-from comoe.units import parse_share
+from comoe.units import parse_link, parse_share, parse_size
 
 
 def switch(name: str, help: str) -> Any:
@@ -16,6 +18,44 @@ def switch(name: str, help: str) -> Any:
 
 
 PackPath = Annotated[Path, Argument(metavar="PACK", help="A folder that `comoe pack` made.", show_default=False)]
+PackPlace = Annotated[
+    str,
+    Argument(
+        metavar="PACK",
+        help="A folder that `comoe pack` made, or where one is published: http(s)://, s3://.",
+        show_default=False,
+    ),
+]
+CacheFolder = Annotated[
+    Path | None,
+    Option(
+        envvar="COMOE_CACHE",
+        metavar="FOLDER",
+        help="Where experts from the network are kept; by default ~/.cache/comoe.",
+    ),
+]
+CacheSize = Annotated[
+    str | None,
+    Option(
+        envvar="COMOE_CACHE_SIZE",
+        metavar="SIZE",
+        help="What they may take there: 8GiB; by default that, or half of what is free.",
+    ),
+]
+TokenFile = Annotated[
+    Path | None,
+    Option(
+        envvar="COMOE_TOKEN_FILE", metavar="FILE", help="A bearer token for the network; or the variable COMOE_TOKEN."
+    ),
+]
+Link = Annotated[
+    str | None,
+    Option(
+        envvar="COMOE_LINK",
+        metavar="RATE,RTT",
+        help="The link that experts come over, such as 40Mbit,20ms: planned for, and never exceeded.",
+    ),
+]
 Json = Annotated[bool, switch("json", "Print one JSON document on stdout.")]
 Memory = Annotated[
     str | None,
@@ -72,6 +112,18 @@ ProfilePath = Annotated[
 PolicyName = Annotated[
     str, Option(envvar="COMOE_POLICY", metavar="lru|lfu|gdsf", help="Which experts leave the cache first.")
 ]
+
+
+def access(cache: Path | None, cache_size: str | None, token_file: Path | None, link: str | None) -> Access:
+    """The flags taken together. Raises UsageError."""
+    token = os.environ.get("COMOE_TOKEN")
+    if token_file is not None:
+        try:
+            token = token_file.read_text("utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"{token_file} cannot be read: {error}.") from error
+    nbytes = parse_size(cache_size) if cache_size is not None else None
+    return Access(cache, nbytes, token, link=parse_link(link) if link is not None else None)
 
 
 class Wish(NamedTuple):

@@ -6,25 +6,28 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from time import perf_counter
-from typing import Annotated, Any
+from typing import Any
 
 import typer
-from typer import Option
 
 from comoe.cli.options import (
+    CacheFolder,
     Context,
     Dtype,
     Exact,
     ExpertMemory,
     Json,
+    Link,
     MaxLoss,
     Memory,
-    PackPath,
+    PackPlace,
     PolicyName,
     ProfilePath,
     Source,
     Threads,
+    TokenFile,
     Wish,
+    access,
     wish,
 )
 from comoe.cli.terminal import print_json, print_table, say
@@ -35,6 +38,7 @@ from comoe.device.doctor import disk_of
 from comoe.device.memory import check_possible, default_memory
 from comoe.device.probe import LEAST_LATENCY_S
 from comoe.memory.policy import POLICIES
+from comoe.net.place import folder_of, reading_of
 from comoe.plan.cost import Costs
 from comoe.plan.footprint import INTERPRETER_BYTES, Workload, advised, beside_experts, dtype_of
 from comoe.plan.ladder import ladder_of
@@ -43,7 +47,7 @@ from comoe.store.manifest import Manifest, read_manifest
 from comoe.store.pack import Pack, is_downloaded, refuse_idle_source
 from comoe.store.profile import Profile, read_profile
 from comoe.types import DoesNotFit, UsageError
-from comoe.units import format_size, parse_budget, parse_link, parse_size
+from comoe.units import format_size, parse_budget, parse_size
 
 OFFERED_LOSS = 0.02
 """The bound that is shown beside the exact plan where none was asked for."""
@@ -51,7 +55,7 @@ OFFERED_LOSS = 0.02
 
 def command(
     called: typer.Context,
-    pack: PackPath,
+    pack: PackPlace,
     memory: Memory = None,
     expert_memory: ExpertMemory = None,
     max_loss: MaxLoss = None,
@@ -59,11 +63,10 @@ def command(
     context: Context = CONTEXT,
     dtype: Dtype = None,
     threads: Threads = None,
-    link: Annotated[
-        str | None,
-        Option(envvar="COMOE_LINK", metavar="RATE,RTT", help="Read experts over a link such as 40Mbit,20ms."),
-    ] = None,
+    link: Link = None,
     source: Source = None,
+    cache: CacheFolder = None,
+    token_file: TokenFile = None,
     profile: ProfilePath = None,
     policy: PolicyName = POLICY,
     json: Json = False,
@@ -80,15 +83,18 @@ def command(
     wished = wish(memory, expert_memory, max_loss, exact)
     if policy not in POLICIES:
         raise UsageError(f"there is no policy {policy!r}: choose from {', '.join(POLICIES)}.")
-    manifest = read_manifest(pack)
-    refuse_idle_source(source, pack, manifest)
+    reach = access(cache, None, token_file, link)
+    folder = folder_of(pack, reach)
+    manifest = read_manifest(folder)
+    refuse_idle_source(source, folder, manifest)
     from_flag = called.get_parameter_source("profile").name == "COMMANDLINE"  # type: ignore[union-attr]
     known = _known(profile, from_flag)
-    costs = _costs(pack, manifest, source, dtype, threads, link)
+    reading = reading_of(pack, reach, manifest)
+    costs = _costs(folder, manifest, source, dtype, threads, reading)
     planner = Planner(ladder_of(manifest, known), costs, policy)
     forms = planner.ladder.forms(wished.max_loss)
     work = Workload(context or CONTEXT, dtype_of(manifest, dtype), forms)
-    budget, beside = _expert_budget(wished, pack, manifest, work)
+    budget, beside = _expert_budget(wished, folder, manifest, work)
     offered = wished.max_loss if exact or max_loss is not None else OFFERED_LOSS
     plans = frontier(planner, budget, offered)
     smallest = planner.smallest(wished.max_loss)
@@ -136,12 +142,16 @@ def _known(profile: Path | None, from_flag: bool) -> Profile | None:
 
 
 def _costs(
-    folder: Path, manifest: Manifest, source: Path | None, dtype: str | None, threads: int | None, link: str | None
+    folder: Path,
+    manifest: Manifest,
+    source: Path | None,
+    dtype: str | None,
+    threads: int | None,
+    reading: tuple[float, float] | None,
 ) -> Costs:
     """Rates of this device; those of reading are of the link, of the pack, or of a disk to which it might come."""
     cores = len(os.sched_getaffinity(0))
     threads = min(threads or cores, cores)
-    reading = parse_link(link) if link is not None else None
     if is_downloaded(folder):
         opened = Pack(folder, source=source)  # refuses one that is not whole
         if reading is None:

@@ -9,28 +9,36 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 from typer import Option
 
 from comoe.cli.options import (
+    CacheFolder,
+    CacheSize,
     Context,
     Dtype,
     Exact,
     ExpertMemory,
     Json,
+    Link,
     MaxLoss,
     Memory,
-    PackPath,
+    PackPlace,
     PolicyName,
     ProfilePath,
     Seed,
     Source,
     Threads,
+    TokenFile,
     Wish,
+    access,
     switch,
     wish,
 )
 from comoe.cli.profile import alone, check_place, keep, writing
 from comoe.cli.terminal import print_json, say
 from comoe.defaults import CONTEXT, MAX_NEW_TOKENS, POLICY, PREFETCH, ROUTING_BIAS, SEED, TEMPERATURE, TOP_K, TOP_P
+from comoe.net.address import Access, is_url
+from comoe.net.place import open_pack
 from comoe.store.decisions import write_decisions
 from comoe.store.manifest import read_manifest
+from comoe.store.pack import Pack
 from comoe.store.profile import read_profile
 from comoe.types import UsageError
 from comoe.units import format_size
@@ -40,7 +48,7 @@ if TYPE_CHECKING:
 
 
 def command(
-    pack: PackPath,
+    pack: PackPlace,
     prompt: Annotated[str | None, Option("--prompt", "-p", metavar="TEXT", help="Text to go on from.")] = None,
     prompt_file: Annotated[Path | None, Option(metavar="FILE", help="The same from a file; - is stdin.")] = None,
     max_new_tokens: Annotated[
@@ -70,6 +78,10 @@ def command(
     dtype: Dtype = None,
     threads: Threads = None,
     source: Source = None,
+    cache: CacheFolder = None,
+    cache_size: CacheSize = None,
+    token_file: TokenFile = None,
+    link: Link = None,
     edge: Annotated[
         list[str] | None, Option(envvar="COMOE_EDGE", metavar="URL...", help="Edge nodes to read from.")
     ] = None,
@@ -112,7 +124,8 @@ def command(
     from comoe.runtime.generate import Sampling
 
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed, tuple(stop or ()), ignore_eos)
-    session = Session(pack, wish(memory, expert_memory, max_loss, exact), sampling, chat=chat)
+    place = _place(pack, source, access(cache, cache_size, token_file, link))
+    session = Session(place, wish(memory, expert_memory, max_loss, exact), sampling, chat=chat)
     given = _given(prompt, prompt_file)
     if given is None and json:
         raise UsageError("--json needs a prompt: give --prompt or --prompt-file.")
@@ -132,18 +145,27 @@ def command(
             print_json(document)
 
 
+def _place(pack: str, source: Path | None, reach: Access) -> Path | Pack:
+    """The pack's folder; what is behind an address, open, with all but its experts here."""
+    if not is_url(pack):
+        return Path(pack)
+    say(f"fetching what {pack} has beside its experts, as far as it is not here yet")
+    return open_pack(pack, source, reach)
+
+
 class Session:
     """A model that answers prompts."""
 
-    def __init__(self, pack: Path, wished: Wish, sampling: "Sampling", *, chat: bool) -> None:
+    def __init__(self, pack: Path | Pack, wished: Wish, sampling: "Sampling", *, chat: bool) -> None:
         from comoe.runtime.generate import quiet_transformers, tokenizer_of
 
         quiet_transformers()
-        read_manifest(pack)  # says what is wrong with the folder before a tokenizer does
+        self._folder = pack.folder if isinstance(pack, Pack) else pack
+        read_manifest(self._folder)  # says what is wrong with the folder before a tokenizer does
         self._pack, self._wished, self._sampling, self._chat = pack, wished, sampling, chat
-        self._tokenizer: Any = tokenizer_of(pack)
+        self._tokenizer: Any = tokenizer_of(self._folder)
         if chat and not self._tokenizer.chat_template:
-            raise UsageError(f"{pack}: the model has no chat template: leave out --chat.")
+            raise UsageError(f"{self._folder}: the model has no chat template: leave out --chat.")
         self._messages: list[dict[str, str]] = []
         self.model: Any = None
 
@@ -154,8 +176,8 @@ class Session:
         if context is None and prompt is not None:
             context = self._num_tokens(prompt) + self._sampling.max_new_tokens
         memory, expert_memory, max_loss = self._wished
-        if max_loss and not read_manifest(self._pack).chain:
-            say(f"{self._pack} has no certificate, so --max-loss allows nothing and outputs are exact.")
+        if max_loss and not read_manifest(self._folder).chain:
+            say(f"{self._folder} has no certificate, so --max-loss allows nothing and outputs are exact.")
         self.model = load(self._pack, memory, expert_memory, max_loss, context=context or CONTEXT, **options)
 
     def converse(self, prompts: Iterable[str]) -> None:

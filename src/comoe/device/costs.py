@@ -20,7 +20,7 @@ LAYER_MS = (0.3, 1.5)
 
 def measured_costs(pack: Pack, clock: Clock, *, threads: int = 1, dtype: str | None = None) -> Costs:
     """`device_costs`, with experts read from where they are."""
-    reading = read_rate(pack, _probes(pack.manifest), clock)
+    reading = pack.reading() or read_rate(pack, _probes(pack.manifest), clock)
     return device_costs(pack.manifest, reading, clock, threads=threads, dtype=dtype)
 
 

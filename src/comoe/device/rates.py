@@ -16,13 +16,14 @@ class TimedSource(Through):
         self._lock = threading.Lock()
         self._nbytes, self._seconds = 0, 0.0
 
-    def read(self, blob: BlobId, into: memoryview) -> None:
+    def read(self, blob: BlobId, into: memoryview) -> str:
         start_s = self._clock()
-        self._source.read(blob, into)
+        tier = self._source.read(blob, into)
         seconds = self._clock() - start_s
         with self._lock:
             self._nbytes += self._source.nbytes(blob)
             self._seconds += seconds
+        return tier
 
     def take_bps(self) -> float | None:
         """The rate of one read since this was last asked; None where there was none."""

@@ -22,6 +22,10 @@ class CacheStats:
     tally: Tally = field(default_factory=Tally)
 
 
+HELD_AT_ONCE = 64
+"""Blobs of a floor that are asked for together."""
+
+
 class BlobCache:
     """Blobs of `source` within `capacity` bytes of anonymous memory.
 
@@ -91,10 +95,11 @@ class BlobCache:
         total = sum(map(self._held_size, dict.fromkeys(blobs))) + self._residency.smallest
         if total > self.capacity:
             raise DoesNotFit(f"the floor needs {total} bytes of memory, {self.capacity} were given.", total)
-        for blob in blobs:
-            for _ in self.serve([(blob,)]):
+        for at in range(0, len(blobs), HELD_AT_ONCE):
+            few = blobs[at : at + HELD_AT_ONCE]
+            for position, _ in self.serve([(blob,) for blob in few]):
                 with self._changed:
-                    self._residency.hold([blob])
+                    self._residency.hold([few[position]])
 
     def prefetch(self, groups: Sequence[Group]) -> None:
         """Hint that `groups` will be wanted; read when nothing is demanded. Errors are counted, not raised."""
@@ -240,11 +245,11 @@ class BlobCache:
 
     def _read(self, blob: BlobId, buffer: Buffer) -> Exception | None:
         try:
-            self._source.read(blob, buffer.data)
+            tier = self._source.read(blob, buffer.data)
         except Exception as error:
             return error
         with self._changed:
             nbytes = self._source.nbytes(blob)
             self._stats.reads += 1
-            self._stats.bytes_read[self._source.tier] = self._stats.bytes_read.get(self._source.tier, 0) + nbytes
+            self._stats.bytes_read[tier] = self._stats.bytes_read.get(tier, 0) + nbytes
         return None

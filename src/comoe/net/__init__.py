@@ -1,1 +1,1 @@
-"""Who to talk to, and how bytes come."""
+"""Packs and experts that are somewhere on the network."""

@@ -49,10 +49,10 @@ class Ledger:
         account = self.answer if self.answer.total else self.prompt
         return account.spent / account.total if account.total else 0.0
 
-    def allows_floor(self, layer: int, gate: float) -> bool:
-        """Whether the estimate stays within the bound after `gate` more of the answer in the floor."""
-        spent = self.answer.spent + gate * self.prices.floor[layer]
-        return spent <= self.bound * (self.answer.total + gate)
+    def allows_floor(self, layer: int, gate: float, *, decode: bool = True) -> bool:
+        """Whether the estimate stays within the bound after `gate` more of the answer, or its prompt, in the floor."""
+        account = self.answer if decode else self.prompt
+        return account.spent + gate * self.prices.floor[layer] <= self.bound * (account.total + gate)
 
     def move(self, layer: int, gate: float, share: float) -> bool:
         """Record that a bias moves a `share` of gates that sum to `gate`, unless the estimate would leave the bound.

@@ -12,7 +12,7 @@ class MissRule(NamedTuple):
     plan: Plan
     ledger: Ledger
 
-    def takes_floor(self, layer: int, gate: float, tokens: int) -> bool:
+    def takes_floor(self, layer: int, gate: float, tokens: int, *, decode: bool = True) -> bool:
         """Whether so many tokens, whose gates sum to `gate`, take an expert's floor rather than wait for it."""
         cheap = self.plan.floor is not None and gate < self.plan.wait_threshold * tokens
-        return cheap and self.ledger.allows_floor(layer, gate)
+        return cheap and self.ledger.allows_floor(layer, gate, decode=decode)

@@ -72,7 +72,7 @@ class Serving:
 
     `heed` is told what every chunk uses: its layer, what its tokens give to experts (N, H), and its experts, ascending.
     `prefetcher` says what comes next; None where nothing is read ahead. `settle` is told whether a use that has a floor
-    would take it, and answers whether it does.
+    would take it, and answers whether it does. `early`: prompts may take floors, too.
     """
 
     manifest: Manifest
@@ -84,6 +84,7 @@ class Serving:
     heed: Callable[[int, Tensor, Sequence[Use]], None] | None = None
     prefetcher: Prefetcher | None = None
     settle: Callable[[bool], bool] | None = None
+    early: bool = False
     rungs: dict[str, list[list[Way]]] = field(default_factory=dict)
     seen: list[tuple[Seen, Seen]] = field(init=False)
     """By layer: of prefill, and of decoding."""
@@ -156,7 +157,7 @@ class ServedLayer:
         serving, plan = self.serving, self.serving.plan
         way = serving.way(self._index, use.expert, plan.target)
         hit = serving.cache.resident(way.blobs)
-        floor = plan.floor if decode and self._takes_floor(use, hit) else None
+        floor = plan.floor if (decode or serving.early) and self._takes_floor(use, hit, decode=decode) else None
         if floor is not None:
             serving.cache.prefetch([way.blobs])
             way = serving.way(self._index, use.expert, floor)
@@ -178,15 +179,15 @@ class ServedLayer:
         found = serving.prefetcher.step(self._index, len(x), used, lambda: floats(x), serving.cache.now_s())
         return [serving.way(layer, expert, serving.plan.target).blobs for layer, expert in found]
 
-    def _takes_floor(self, use: Use, hit: bool) -> bool:
+    def _takes_floor(self, use: Use, hit: bool, *, decode: bool) -> bool:
         if self.serving.plan.floor is None:
             return False
-        coarse = not hit and self._may_take_floor(use)
+        coarse = not hit and self._may_take_floor(use, decode=decode)
         return coarse if self.serving.settle is None else self.serving.settle(coarse)
 
-    def _may_take_floor(self, use: Use) -> bool:
+    def _may_take_floor(self, use: Use, *, decode: bool) -> bool:
         rule = MissRule(self.serving.plan, self.serving.ledger)
-        return rule.takes_floor(self._index, use.gate, len(use.tokens))
+        return rule.takes_floor(self._index, use.gate, len(use.tokens), decode=decode)
 
 
 def floats(x: Tensor) -> Floats:

@@ -18,7 +18,10 @@ from comoe.memory.cache import BlobCache
 from comoe.memory.policy import POLICIES, Policy
 from comoe.memory.predict import Frequent, Learned, Predictor, Previous
 from comoe.memory.prefetch import PREFETCHES, Prefetcher
+from comoe.net.address import Access
+from comoe.net.place import open_pack
 from comoe.plan.cost import Costs
+from comoe.plan.early import early
 from comoe.plan.footprint import FIRST_USE_FILE_BYTES, Workload, advised, beside_experts, dtype_of, unseen_bytes
 from comoe.plan.ladder import Band, Ladder, ladder_of
 from comoe.plan.ledger import Ledger
@@ -43,6 +46,9 @@ from comoe.store.profile import Profile, read_profile
 from comoe.store.source import Source
 from comoe.types import DoesNotFit, RemoteUnavailable, UsageError
 from comoe.units import format_size, parse_budget, parse_share, parse_size
+
+LINK_THREADS = 4
+"""Reads in flight over a network, whose round trips overlap."""
 
 
 class NewCache(Protocol):
@@ -103,7 +109,7 @@ class Options:
 
 
 def load(
-    pack: str | Path,
+    pack: str | Path | Pack,
     memory: str | int | None = None,
     expert_memory: str | int | None = None,
     max_loss: float | str = 0.0,
@@ -121,8 +127,11 @@ def load(
     log: bool = False,
     replay: str | Path | None = None,
     routing_bias: float = ROUTING_BIAS,
+    access: Access | None = None,
 ) -> Any:
     """A transformers model whose experts are streamed from `pack` within a budget; `model.comoe` is its handle.
+
+    `pack` is a folder, an address (https://, s3://) or an open pack; `access` says how addresses are reached.
 
     `memory` bounds the whole process ("4GiB" or bytes), `expert_memory` the experts only (also "30%" of their bf16
     bytes); without either, four fifths of what is free. `max_loss` bounds the predicted relative increase of nats per
@@ -144,7 +153,7 @@ def load(
     if memory is not None and expert_memory is not None:
         raise UsageError("give memory for the whole process or expert memory, not both.")
     moved_to = Path(source) if source else None
-    opened = Pack(Path(pack), source=moved_to)
+    opened = pack if isinstance(pack, Pack) else open_pack(pack, moved_to, access)
     refuse_idle_source(moved_to, opened.folder, opened.manifest)
     known = read_profile(Path(profile)) if profile else None
     given = memory is not None or expert_memory is not None
@@ -177,7 +186,7 @@ class Loader:
         self._dtype = TORCH_DTYPES[self._work.dtype]
         self.pin = _pin(self.ladder, options)
         self._source = TimedSource(pack, perf_counter)
-        self.new_cache: NewCache = BlobCache
+        self.new_cache: NewCache = partial(BlobCache, io_threads=LINK_THREADS) if pack.remote else BlobCache
         process.steady_malloc()
         process.bound_kernel_caches()
         use_threads(options.threads)
@@ -247,9 +256,14 @@ class Loader:
 
     def _plan(self, planner: Planner, budget: int) -> Plan:
         """The best plan in `budget` bytes of experts, or the one that may not be chosen. Raises DoesNotFit."""
-        if self.pin is not None:
-            return pinned(self.ladder, self.pin, budget)
-        return planner.best(budget, self.options.max_loss)
+        pin = self._pinned_in(budget)
+        return planner.best(budget, self.options.max_loss) if pin is None else pinned(self.ladder, pin, budget)
+
+    def _pinned_in(self, budget: int) -> Pin | None:
+        """What the plan may not choose in `budget` bytes of experts: where bytes are to come, an early answer."""
+        if self.pin is not None or not self.pack.remote:
+            return self.pin
+        return early(self.ladder, budget, self.options.max_loss)
 
     def _followed(self, model: Any, planner: Planner) -> Any:
         """`model`, with its choices kept and its device watched as far as that is wanted."""
@@ -262,8 +276,9 @@ class Loader:
         return model
 
     def _replan(self, planner: Planner, profile: Profile, budget: int) -> Plan:
-        if self.pin is not None:
-            return pinned(self.ladder, self.pin, budget)
+        pin = self._pinned_in(budget)
+        if pin is not None:
+            return pinned(self.ladder, pin, budget)
         known = ladder_of(self.pack.manifest, profile)
         return replace(planner, ladder=known).best(budget, self.options.max_loss)
 
@@ -325,15 +340,18 @@ class Loader:
             prices, options = self.ladder.prices(plan.target, plan.floor), self.options
             ledger = Ledger(prices, options.max_loss, manifest.routing_price)
             prefetcher = self._prefetcher(foresight or {}) if streams else None
-            serving = Serving(manifest, cache, plan, ledger, prefetcher=prefetcher)
+            serving = Serving(manifest, cache, plan, ledger, prefetcher=prefetcher, early=self.pack.remote)
+            most_used = sorted(manifest.expert_ids, key=lambda expert: -self.ladder.use[expert.layer][expert.expert])
             if plan.floor is not None:
-                ways = [serving.way(*expert, plan.floor) for expert in manifest.expert_ids]
+                ways = [serving.way(*expert, plan.floor) for expert in most_used]
                 cache.hold(list(dict.fromkeys(blob for way in ways for blob in way.blobs)))
             attach(model, [ServedLayer(at, math, serving) for at, math in enumerate(self._maths(model))])
             if options.routing_bias:
                 attach_bias(model, serving, options.routing_bias)
             handle = Comoe(self.pack, serving, self.options.context, promise, earlier_peak)
             object.__setattr__(model, "comoe", handle)
+            if self.pack.remote and plan.floor is not None:
+                cache.prefetch([serving.way(*expert, plan.target).blobs for expert in most_used])
             on_failure.pop_all()  # from here on the handle closes the cache
         return model
 

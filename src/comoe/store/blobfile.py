@@ -79,17 +79,29 @@ def read_header(path: Path) -> BlobFile:
         if not path.is_file():
             raise PackError(f"{path} is missing: the pack is incomplete; pack again.")
         with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
             size = os.fstat(file.fileno()).st_size
-            if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
-                raise HostileFile(f"{path}: a header of {length} bytes in a file of {size}: pack again.")
-            document = parse_json(file.read(length))
+            prefix = file.read(8)
+            return parse_header(path, prefix + file.read(header_bytes(path, prefix, size)), size)
     except OSError as error:
         raise PackError(f"{path} cannot be read: {error.strerror}.") from error
+
+
+def header_bytes(path: Path, prefix: bytes, size: int) -> int:
+    """Bytes of the header after the 8 of its length, of a file of `size` bytes. Raises HostileFile."""
+    length = int.from_bytes(prefix[:8], "little")
+    if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
+        raise HostileFile(f"{path}: a header of {length} bytes in a file of {size}: pack again.")
+    return length
+
+
+def parse_header(path: Path, head: bytes, size: int) -> BlobFile:
+    """What the first bytes of a blob file of `size` bytes say: its length field and its header. Raises HostileFile."""
+    try:
+        document = parse_json(head[8:])
     except ValueError as error:
         raise HostileFile(f"{path}: the header is not JSON: {error}.") from error
     try:
-        return _parse(path, document, 8 + length, size)
+        return _parse(path, document, len(head), size)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise HostileFile(f"{path}: not a blob file ({error}); pack again.") from error
 

@@ -18,7 +18,8 @@ class Paced(Through):
         super().__init__(source)
         self._seconds = seconds
 
-    def read(self, blob: BlobId, into: memoryview) -> None:
+    def read(self, blob: BlobId, into: memoryview) -> str:
         end_s = perf_counter() + self._seconds(self.nbytes(blob))
-        self._source.read(blob, into)
+        tier = self._source.read(blob, into)
         sleep(max(0.0, end_s - perf_counter()))
+        return tier

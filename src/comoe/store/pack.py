@@ -29,19 +29,19 @@ class Pieces:
 
 
 class Pack:
-    """A pack in a local folder, a `Source` of tier `flash`.
+    """A pack in a local folder, a `Source` that reads from flash; `remote` where bytes may have to come first.
 
     `source` overrides the folder of the checkpoint, where it has moved. Several threads may read at once, but none
     while another closes.
     """
 
-    tier = "flash"
+    remote = False
 
     def __init__(self, folder: Path, *, source: Path | None = None) -> None:
         self.folder = folder
         self.manifest: Manifest = read_manifest(folder)
         self.checkpoint = source or _source_folder(folder, self.manifest)
-        self._headers = _headers(folder, self.manifest)
+        self._headers = self._checked_headers()
         self._check_source()
         self._files: dict[str, DirectFile] = {}
         self._bounce = Bounce()
@@ -51,7 +51,7 @@ class Pack:
     def nbytes(self, blob: BlobId) -> int:
         return self._part(blob).nbytes
 
-    def read(self, blob: BlobId, into: memoryview) -> None:
+    def read(self, blob: BlobId, into: memoryview) -> str:
         pieces = self.pieces(blob)
         at = 0
         try:
@@ -65,6 +65,7 @@ class Pack:
             if blake3(into[:at]).hexdigest() != pieces.digest:
                 raise CorruptBlob(f"{self._where(blob)} has not the bytes that were packed; {self._remedy(blob)}")
             self._verified.add(blob)
+        return "flash"
 
     def read_bytes(self, blob: BlobId) -> bytes:
         """The bytes of `blob`, in memory of their own."""
@@ -110,6 +111,10 @@ class Pack:
         for sentence in self.broken_files():
             raise CorruptBlob(sentence)
 
+    def reading(self) -> tuple[float, float] | None:
+        """(bytes per second, seconds of latency) of reads, where that is known better than by probing; else None."""
+        return None
+
     @property
     def own_bytes(self) -> int:
         """Bytes of the pack's folder."""
@@ -124,6 +129,23 @@ class Pack:
         for file in self._files.values():
             file.close()
         self._files.clear()
+
+    def read_header(self, name: str) -> BlobFile:
+        """What the header of the blob file `name` says."""
+        return read_header(self.folder / name)
+
+    def _checked_headers(self) -> dict[str, BlobFile]:
+        """Headers of all blob files, compared with the manifest."""
+        headers: dict[str, BlobFile] = {}
+        for layer in self.manifest.layers:
+            for part in layer.parts.values():
+                if part.file is None:
+                    continue
+                header = self.read_header(part.file)
+                if (header.rows, header.nbytes) != (part.rows, part.nbytes):
+                    raise HostileFile(f"{header.path}: rows or length differ from the manifest's: pack again.")
+                headers[part.file] = header
+        return headers
 
     def _part(self, blob: BlobId) -> PartEntry:
         layers = self.manifest.layers
@@ -226,17 +248,3 @@ def header_hash(path: Path) -> str:
 def _source_folder(folder: Path, manifest: Manifest) -> Path | None:
     """The checkpoint's folder as recorded, relative to the pack where it is not absolute."""
     return folder / manifest.source.folder if manifest.source else None
-
-
-def _headers(folder: Path, manifest: Manifest) -> dict[str, BlobFile]:
-    """Headers of all blob files, compared with the manifest."""
-    headers: dict[str, BlobFile] = {}
-    for layer in manifest.layers:
-        for part in layer.parts.values():
-            if part.file is None:
-                continue
-            header = read_header(folder / part.file)
-            if (header.rows, header.nbytes) != (part.rows, part.nbytes):
-                raise HostileFile(f"{header.path}: rows or length differ from the manifest's: pack again.")
-            headers[part.file] = header
-    return headers

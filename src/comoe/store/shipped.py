@@ -1,4 +1,5 @@
-"""What the package brings along: a small trained model, calibration text, and sample text that nothing is fitted to."""
+"""What the package brings along: a small trained model, calibration text, sample text that nothing is fitted to, and
+settings for common cases."""
 
 from importlib.resources import files
 from pathlib import Path
@@ -19,6 +20,11 @@ def calibration_files() -> list[Path]:
 def sample_files() -> list[Path]:
     """Public-domain text of the same domains, to measure on."""
     return sorted(_folder("sample").glob("*.txt"))
+
+
+def presets() -> dict[str, Path]:
+    """Files of settings by the name that stands for them."""
+    return {file.stem: file for file in sorted(_folder("presets").glob("*.toml"))}
 
 
 def _folder(name: str) -> Path:

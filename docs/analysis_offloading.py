@@ -1,0 +1,193 @@
+"""The offloading half of docs/analysis.md, from cache.json, bias.json and joint.json."""
+
+from collections.abc import Iterator, Sequence
+from statistics import mean, median
+from typing import Any
+
+from comoe.bench.joint_figures import EXACT, JOINT, LIVE_KIND, NO_BIAS, SEPARABLE, SEPARABLE_BIAS, SHARE
+from comoe.bench.losses import percent
+
+Row = dict[str, Any]
+METHODS = (EXACT, "exact, bias", SEPARABLE, SEPARABLE_BIAS, "joint static", NO_BIAS, JOINT, "clairvoyant")
+
+
+def offloading_lines(cache: Row, bias: Row, joint: Row) -> Iterator[str]:
+    """Which policy, predictor and bias help where, and what deciding together with the forms adds."""
+    yield "## Offloading: who leaves, who is read ahead, who is preferred"
+    yield ""
+    yield "From [cache.json](../benchmarks/cache.json), [bias.json](../benchmarks/bias.json) and"
+    yield '[joint.json](../benchmarks/joint.json). "A read" is what'
+    yield "reading an exact expert takes, over what a layer takes"
+    yield "to compute: about 1 for a fast NVMe disk, 4 for a slow one, 16 and more for cards and networks."
+    yield ""
+    yield from _policies(cache)
+    yield from _ahead(cache)
+    yield from _predictors(cache)
+    yield from _bias(bias)
+    yield from _joint(joint)
+
+
+def _policies(cache: Row) -> Iterator[str]:
+    rows = [row for row in cache["rows"] if row["kind"] == "policy" and row["fits"] and row["policy"] != "belady"]
+    cells = list(dict.fromkeys((row["model"], row["share"]) for row in rows))
+    yield "### Who leaves"
+    yield ""
+    yield "Byte hits over those of the policy that knows the future and reads nothing ahead:"
+    yield ""
+    yield "| | " + " | ".join(f"{model} {share:.0%}" for model, share in cells) + " |"
+    yield "|---" * (len(cells) + 1) + "|"
+    for policy in dict.fromkeys(row["policy"] for row in rows):
+        found = {(row["model"], row["share"]): row["belady_share"] for row in rows if row["policy"] == policy}
+        yield f"| {policy} | " + " | ".join(f"{found[cell]:.0%}" for cell in cells) + " |"
+    yield ""
+    yield "LFU that forgets is best or nearly so in every cell, and the only one that survives a cache smaller than a"
+    yield "token's experts. None comes to 92 % of the future's hits"
+    yield "everywhere: what a text will use is not in what it used."
+    yield ""
+
+
+def _ahead(cache: Row) -> Iterator[str]:
+    rows = {(r["model"], r["share"], r["ratio"], r["prefetch"]): r for r in cache["rows"] if r["kind"] == "ahead"}
+    live = {(r["model"], r["ratio"]): r for r in cache["rows"] if r["kind"] == "live" and r["fits"]}
+    yield "### Reading ahead"
+    yield ""
+    yield "Times with reading ahead (`auto`) over times without: the median of four budgets, and the worst."
+    yield ""
+    yield "| | a read | decoding | prompts | both | hits of the future's, at least | wasted at most | live, 16 % |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for model, ratio in dict.fromkeys((model, ratio) for model, _, ratio, _ in rows):
+        pairs = [
+            (row, rows[model, share, ratio, "off"])
+            for (of, share, at, prefetch), row in rows.items()
+            if (of, at, prefetch) == (model, ratio, "auto") and row["fits"]
+        ]
+        times = " | ".join(_over(pairs, key) for key in ("decode_ms", "prefill_ms", "whole_ms"))
+        hits = min(row["belady_share"] for row, _ in pairs)
+        wasted = max(row["wasted_bytes"] / max(row["bytes_read"], 1) for row, _ in pairs)
+        yield f"| {model} | {ratio:g} | {times} | {hits:.0%} | {wasted:.1%} | {_interval(live.get((model, ratio)))} |"
+    yield ""
+    yield "It helps where a read takes less than a layer: there is time to hide it in. Where a read takes longer than a"
+    yield "layer, the disk is busy with misses anyway and decoding gains"
+    yield "little; prompts, whose layers use sets of experts,"
+    yield "gain most. The trial that switches it off costs a few tokens."
+    yield ""
+
+
+def _over(pairs: Sequence[tuple[Row, Row]], key: str) -> str:
+    ratios = [row[key] / off[key] for row, off in pairs]
+    return f"{median(ratios):.2f} ({max(ratios):.2f})"
+
+
+def _interval(row: Row | None) -> str:
+    if row is None:
+        return "-"
+    low, high = row["ratio_of_times_ci95"]
+    return f"{row['ratio_of_times']:.2f} ({low:.2f} to {high:.2f})"
+
+
+def _predictors(cache: Row) -> Iterator[str]:
+    rows = [row for row in cache["rows"] if row["kind"] == "recall" and row["recall"]]
+    yield "### Predictors"
+    yield ""
+    yield "Of the experts that a layer uses, the share among as many"
+    yield "that were held likeliest one layer before (among twice"
+    yield "as many): the mean of all layers, and the worst layer."
+    yield ""
+    yield "| | " + " | ".join(f"{row['model']}, mean | worst" for row in rows) + " |"
+    yield "|---" * (2 * len(rows) + 1) + "|"
+    for name in rows[0]["recall"]:
+        cells = []
+        for row in rows:
+            one, two = zip(*row["recall"][name].values(), strict=True)
+            cells.append(f"{mean(one):.2f} ({mean(two):.2f}) | {min(one):.2f} ({min(two):.2f})")
+        yield f"| {name} | " + " | ".join(cells) + " |"
+    yield ""
+    yield "The learned map beats the next layer's own router on this layer's input, and both beat counting. The first"
+    yield "layer is told by the token before, which says little."
+    yield ""
+
+
+def _bias(bias: Row) -> Iterator[str]:
+    plain = bias["rows"][0]
+    yield "### A routing bias"
+    yield ""
+    yield f"qwen3moe-mini, exact experts in {bias['expert_share']:.0%} of their bytes, {bias['policy']}; the bound is"
+    yield "the answer's, which the ledger keeps with its own, higher estimate of the loss:"
+    yield ""
+    yield "| bias | bound | hits | read, over none | moved | loss | the ledger's |"
+    yield "|---|---|---|---|---|---|---|"
+    for row in bias["rows"]:
+        bound = percent(row["bound"]) if row["bound"] < 1 else "-"
+        yield (
+            f"| {row['delta']:g} | {bound} | {row['hit_rate']:.0%} | {row['bytes_read'] / plain['bytes_read']:.2f} "
+            f"| {percent(row['moved_share'])} | {percent(row['mean'])} | {percent(row['ledger'])} |"
+        )
+    yield ""
+    yield "A mild bias is a good bargain for routers of several experts:"
+    yield "swaps of near equals cost next to nothing. Switch"
+    yield "routes to one expert, whose second choice is no near equal: a bias is refused there."
+    yield ""
+
+
+def _joint(joint: Row) -> Iterator[str]:
+    yield "## Routing, forms and offloading together"
+    yield ""
+    ratio, over_all = joint["ratio_at_16"], joint["median_ratio"]
+    no_worse, cells_all = joint["cells_no_worse"], joint["cells"]
+    yield f"Deciding together takes {ratio:.2f} times as long per token as the best pair of a uniform form and an"
+    yield "offloader, the median of both models and three rates in"
+    yield f"16 % of the bytes ({over_all:.2f} of all cells); it is"
+    yield f"no slower in {no_worse} of {cells_all}. At equal times its"
+    yield f"loss is {joint['loss_ratio_at_16']:.2f} of the other's."
+    yield "Milliseconds per token on the virtual clock in 16 %, and what was lost of a bound of 0.5 %:"
+    yield ""
+    cells = [row for row in joint["rows"] if row["kind"] == "cell" and row["share"] == SHARE]
+    yield "| | " + " | ".join(f"{row['model']}, read {row['ratio']:g}" for row in cells) + " |"
+    yield "|---" * (len(cells) + 1) + "|"
+    for method in METHODS:
+        yield f"| {method} | " + " | ".join(_timed(row["methods"].get(method)) for row in cells) + " |"
+    yield ""
+    yield from _all_cells(joint)
+    yield from _meaning(joint)
+
+
+def _timed(found: Row | None) -> str:
+    if not found or not found["fits"]:
+        return "-"
+    loss = f", {percent(found['loss'])}" if "loss" in found else ""
+    return f"{found['ms']:.2f}{loss}"
+
+
+def _all_cells(joint: Row) -> Iterator[str]:
+    rows = [row for row in joint["rows"] if row["kind"] == "cell"]
+    live = {_key(row): row["methods"] for row in joint["rows"] if row["kind"] == LIVE_KIND}
+    shares = sorted({row["share"] for row in rows})
+    yield "The joint way's time over the best separable one's in every cell (live, where threads and reads were timed):"
+    yield ""
+    yield "| | a read | " + " | ".join(f"{share:.0%}" for share in shares) + " |"
+    yield "|---" * (len(shares) + 2) + "|"
+    for model, ratio in dict.fromkeys((row["model"], row["ratio"]) for row in rows):
+        cells = {row["share"]: row for row in rows if (row["model"], row["ratio"]) == (model, ratio)}
+        told = [_ratio(cells.get(share), live) for share in shares]
+        yield f"| {model} | {ratio:g} | " + " | ".join(told) + " |"
+    yield ""
+
+
+def _ratio(row: Row | None, live: dict[tuple[str, float, float], Row]) -> str:
+    methods = row["methods"] if row else {}
+    if row is None or not all(methods.get(name, {}).get("fits") for name in (JOINT, SEPARABLE)):
+        return "-"
+    timed = live.get(_key(row), {}).get(JOINT)
+    shown = f" ({timed['ratio_of_times']:.2f})" if timed else ""
+    return f"{methods[JOINT]['ms'] / methods[SEPARABLE]['ms']:.2f}{shown}"
+
+
+def _key(row: Row) -> tuple[str, float, float]:
+    return row["model"], row["share"], row["ratio"]
+
+
+def _meaning(joint: Row) -> Iterator[str]:
+    found = joint["foretold"]
+    yield f"The virtual clock's milliseconds are {found['median_error']:.0%} off those timed live in the median of"
+    yield f"{found['ways']} ways, {found['p95_error']:.0%} at the 95th percentile."
+    yield ""

@@ -1,0 +1,161 @@
+"""The files of a pack behind a URL: any static web server, bucket or edge node, read by ranges.
+
+A read that breaks goes on where it broke; a node that does not answer is left alone for a while.
+"""
+
+import os
+import random
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from time import monotonic, sleep
+from typing import Any
+from urllib.parse import urlsplit
+
+import obstore
+from obstore import exceptions as errors
+from obstore.store import from_url
+
+from comoe.net.address import Access, is_url
+from comoe.net.breaker import FAILURES, Breaker, Throttle
+from comoe.store.manifest import Manifest
+from comoe.types import PackError, RemoteUnavailable, UsageError
+
+CONNECT_S, SILENT_S = 3.0, 20.0
+"""How long a node may take to be reached, and to answer a request in full."""
+
+ATTEMPTS, BACKOFF_S = FAILURES, 0.2
+"""So many requests in a row may bring nothing; before each but the first a random wait, twice as long each time."""
+
+BUSY_ATTEMPTS, BUSY = 8, "429 Too Many Requests"
+"""So many in a row may be refused by a node that is busy, which is no failure of its."""
+
+CHUNK_BYTES = 16 * 1024
+HEAD_BYTES = 32 * 1024
+MEASURED_BYTES = 256 * 1024
+
+
+class Origin:
+    """The folder of files at `url`. Several threads may read at once.
+
+    No more comes than `access` says that the link carries.
+    """
+
+    def __init__(self, url: str, access: Access) -> None:
+        if not is_url(url) or not urlsplit(url).netloc:
+            raise UsageError(
+                f"{url!r} is no address of a pack: give one such as https://host/pack or s3://bucket/pack."
+            )
+        self.url, self.tier = url.rstrip("/"), "origin"
+        self._store = _store(self.url, access)
+        self._breaker, self._why = Breaker(monotonic), ""
+        self._throttle = Throttle(access.link[0], monotonic, sleep) if access.link else None
+
+    def fetch(self, name: str, start: int, into: memoryview) -> None:
+        """Fill `into` from byte `start` of the file `name`. Raises RemoteUnavailable, PackError, UsageError."""
+        at = 0
+        for chunk in self._stream(name, start, start + len(into)):
+            into[at : at + len(chunk)] = chunk
+            at += len(chunk)
+
+    def read(self, name: str, most: int) -> bytes:
+        """A whole file of at most so many bytes. PackError where it is not there or larger."""
+        head, size = self.head(name, most)
+        if size > most:
+            raise PackError(f"{self.url}/{name} has {size} bytes, more than such a file may have.")
+        return head
+
+    def head(self, name: str, nbytes: int = HEAD_BYTES) -> tuple[bytes, int]:
+        """The first bytes of a file, and how many it has."""
+        found, size = bytearray(), [0]
+        for chunk in self._stream(name, 0, nbytes, size):
+            found += chunk
+        return bytes(found), size[0]
+
+    def measured(self, manifest: Manifest) -> tuple[float, float]:
+        """Bytes per second and seconds of a round trip, by a small and a larger range of one of the pack's files."""
+        name = next(part.file for layer in manifest.layers for part in layer.parts.values() if part.file)
+        self.head(name, 1)  # connects
+        start_s = monotonic()
+        self.head(name, 1)
+        trip_s = monotonic() - start_s
+        came, _ = self.head(name, MEASURED_BYTES)
+        whole_s = monotonic() - start_s - trip_s
+        return len(came) / max(whole_s - trip_s, 1e-4), trip_s
+
+    def download(self, name: str, to: Path) -> None:
+        """A whole file, to a path that appears when it is complete. What came before a kill is not asked for again."""
+        part = to.with_name(f"{to.name}.part")
+        _, size = self.head(name, 1)
+        with part.open("ab") as file:
+            if file.tell() > size:
+                file.truncate(0)
+            for chunk in self._stream(name, file.tell(), size):
+                file.write(chunk)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(to)
+
+    def _stream(self, name: str, start: int, end: int | None, size: list[int] | None = None) -> Iterator[memoryview]:
+        """The bytes from `start` to `end`, or to the file's end where it comes first; `size` gets the file's size."""
+        at, attempts = start, 0
+        while end is None or at < end:
+            self._refuse_while_open()
+            try:
+                result = obstore.get(self._store, name, options={"range": {"offset": at} if end is None else (at, end)})
+                whole = result.meta["size"]
+                end = whole if end is None else min(end, whole)
+                if size is not None:
+                    size[0] = whole
+                for chunk in result.stream(min_chunk_size=CHUNK_BYTES):
+                    view = memoryview(chunk).cast("B")
+                    at, attempts = at + len(view), 0
+                    self._breaker.succeeded()
+                    if self._throttle is not None:
+                        self._throttle.take(len(view))
+                    yield view
+            except (errors.BaseError, OSError) as error:
+                busy = self._judge(name, error)
+                attempts += 1
+                if attempts == (BUSY_ATTEMPTS if busy else ATTEMPTS):
+                    raise RemoteUnavailable(f"{self.url} does not answer: {_reason(error)}.") from error
+                sleep(random.uniform(0, BACKOFF_S * 2**attempts))
+
+    def _refuse_while_open(self) -> None:
+        if not self._breaker.admits():
+            raise RemoteUnavailable(f"{self.url} did not answer ({self._why}) and is not asked again yet.")
+
+    def _judge(self, name: str, error: Exception) -> bool:
+        """Raise what asking again would not mend; note what it might. Whether the node is but busy."""
+        if isinstance(error, (FileNotFoundError, errors.NotFoundError)):
+            self._breaker.succeeded()
+            raise PackError(f"{self.url} has no file {name}: check the address, or publish the pack again.") from error
+        if isinstance(error, (errors.PermissionDeniedError, errors.UnauthenticatedError)):
+            self._breaker.succeeded()
+            raise UsageError(f"{self.url} refuses access: give its token by COMOE_TOKEN or --token-file.") from error
+        if BUSY in str(error):
+            self._breaker.succeeded()
+            return True
+        self._why = _reason(error)
+        self._breaker.failed()
+        return False
+
+
+def _store(url: str, access: Access) -> Any:
+    """obstore's client of the folder at `url`; for a bucket keys and endpoint come from AWS_* as for its own tools."""
+    headers = {"Authorization": f"Bearer {access.token}"} if access.token else {}
+    client: dict[str, Any] = {"connect_timeout": timedelta(seconds=CONNECT_S), "timeout": timedelta(seconds=SILENT_S)}
+    client |= {"allow_http": True, "default_headers": headers, "user_agent": "comoe"}
+    if access.ca is not None:
+        client["root_certificate"] = access.ca
+    retries: Any = {"max_retries": 0, "retry_timeout": timedelta(seconds=SILENT_S)}  # `Origin` tries again itself
+    try:
+        return from_url(url, client_options=client, retry_config=retries)  # type: ignore[call-overload]
+    except (errors.BaseError, ValueError) as error:
+        raise UsageError(f"{url!r} cannot be used: {_reason(error)}.") from error
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what a client says, in short."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:200].rstrip(".")

@@ -1,0 +1,38 @@
+"""Where a pack is, a folder or an address. The client of addresses is imported when one is given."""
+
+from pathlib import Path
+
+from comoe.net.address import Access, is_url
+from comoe.store.manifest import Manifest
+from comoe.store.pack import Pack
+
+
+def open_pack(where: str | Path, source: Path | None = None, access: Access | None = None) -> Pack:
+    """The pack in a folder or behind a URL. Raises PackError, RemoteUnavailable, UsageError."""
+    if not is_url(str(where)):
+        return Pack(Path(where), source=source)
+    from comoe.net.remote import RemotePack
+
+    return RemotePack(str(where), access or Access(), source)
+
+
+def folder_of(where: str, access: Access) -> Path:
+    """The folder of a pack; of one behind a URL a mirror of its manifest and small files: what planning needs.
+
+    Without a link it is as it was seen last. Raises RemoteUnavailable, PackError, UsageError.
+    """
+    if not is_url(where):
+        return Path(where)
+    from comoe.net.remote import describe
+
+    return describe(where, access)
+
+
+def reading_of(where: str, access: Access, manifest: Manifest) -> tuple[float, float] | None:
+    """Bytes per second and seconds of round trip of the link to a pack: as said, or measured now; None of a folder, of
+    which nothing is said."""
+    if access.link is not None or not is_url(where):
+        return access.link
+    from comoe.net.origin import Origin
+
+    return Origin(where, access).measured(manifest)

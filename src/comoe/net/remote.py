@@ -1,0 +1,158 @@
+"""A pack behind a URL: small files are mirrored, blobs read by ranges when they are asked for, and kept on flash."""
+
+from contextlib import suppress
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from blake3 import blake3
+
+from comoe.net.address import Access
+from comoe.net.flash import FlashCache
+from comoe.net.origin import Origin
+from comoe.store.blobfile import BlobFile, header_bytes, parse_header
+from comoe.store.manifest import MANIFEST, MAX_MANIFEST_BYTES, Manifest, read_manifest
+from comoe.store.pack import Pack, file_hash
+from comoe.types import BlobId, CorruptBlob, HostileFile, PackError, RemoteUnavailable
+
+
+class RemotePack(Pack):
+    """The pack at `url`, a `Source` of tiers `flash` and the origin's. Several threads may read at once.
+
+    Without a link it opens as it was seen last, and reads what flash has.
+    """
+
+    remote = True
+
+    def __init__(self, url: str, access: Access, source: Path | None = None) -> None:
+        self._link, self._origin = access.link, Origin(url, access)
+        self._cache = FlashCache(access.cache, access.cache_bytes)
+        with self._cache.mirroring(mirror_name(self._origin.url)) as folder:
+            self._mirror(folder, source)
+            super().__init__(folder, source=source)
+
+    def _mirror(self, folder: Path, source: Path | None) -> None:
+        """All files but the blobs'. Raises PackError where the pack is of use on the machine that packed it only."""
+        origin = self._origin
+        _describe(origin, folder)
+        manifest = read_manifest(folder)
+        if manifest.source is not None and source is None:
+            raise PackError(
+                f"{origin.url} refers to a checkpoint on the machine that packed it: publish a pack made with "
+                "--self-contained, or give the checkpoint with --source."
+            )
+        for name, digest in manifest.files.items():
+            fetch_file(origin, folder / name, digest)
+
+    def check_files(self) -> None:
+        """Nothing: they were checked as they came."""
+
+    def read(self, blob: BlobId, into: memoryview) -> str:
+        if self._part(blob).file is None:
+            return super().read(blob, into)
+        pieces, nbytes = self.pieces(blob), self.nbytes(blob)
+        known = blob in self._verified
+        if self._cache.read(pieces.digest, into, nbytes):
+            if known or blake3(into[:nbytes]).hexdigest() == pieces.digest:
+                self._verified.add(blob)
+                return "flash"
+            self._cache.drop(pieces.digest)
+        (extent,) = pieces.extents
+        self._origin.fetch(Path(extent.file).name, extent.offset, into[:nbytes])
+        if blake3(into[:nbytes]).hexdigest() != pieces.digest:
+            raise CorruptBlob(
+                f"{self._where(blob)} came with other bytes than were packed; nothing was done with them."
+            )
+        self._cache.put(pieces.digest, into[:nbytes])
+        return self._origin.tier
+
+    def reading(self) -> tuple[float, float]:
+        """Bytes per second of the link and seconds of its round trip: as said, or as measured now."""
+        if self._link is None:
+            self._link = self._origin.measured(self.manifest)
+        return self._link
+
+    def close(self) -> None:
+        super().close()
+        self._cache.close()
+
+    def read_header(self, name: str) -> BlobFile:
+        """The header of a blob file, from the mirror where it is there already."""
+        path, kept = self.folder / name, self.folder / f"{name}.header"
+        if kept.exists():
+            with suppress(HostileFile):
+                data = kept.read_bytes()
+                return parse_header(path, data[8:], int.from_bytes(data[:8], "little"))
+        head, size = self._origin.head(name)
+        length = 8 + header_bytes(path, head, size)
+        if length > len(head):
+            head, _ = self._origin.head(name, length)
+        _place(kept, size.to_bytes(8, "little") + head[:length])
+        return parse_header(path, head[:length], size)
+
+    def _where(self, blob: BlobId) -> str:
+        return f"{self._origin.url}: layer {blob.layer}, part {blob.part!r}, row {blob.row}"
+
+
+def describe(url: str, access: Access) -> Path:
+    """The mirror of the pack at `url`, with its manifest and small files, as they are or as they were seen last."""
+    origin, cache = Origin(url, access), FlashCache(access.cache, access.cache_bytes)
+    try:
+        with cache.mirroring(mirror_name(origin.url)) as folder:
+            _describe(origin, folder)
+            return folder
+    finally:
+        cache.close()
+
+
+def _describe(origin: Origin, folder: Path) -> None:
+    try:
+        data = origin.read(MANIFEST, MAX_MANIFEST_BYTES)
+    except RemoteUnavailable:
+        if not (folder / MANIFEST).exists():
+            raise
+    else:
+        _check_then_place(folder, data)
+    for name, digest in read_manifest(folder).files.items():
+        if not name.endswith(".safetensors"):
+            fetch_file(origin, folder / name, digest)
+
+
+def mirror_name(url: str) -> str:
+    """Of a URL: readable, and different for different ones."""
+    parts = urlsplit(url)
+    readable = "".join(c if c.isalnum() or c in "-_" else "-" for c in f"{parts.netloc}{parts.path}")
+    return f"{readable[:80]}-{blake3(url.encode()).hexdigest()[:12]}"
+
+
+def fetch_file(origin: Origin, path: Path, digest: str) -> None:
+    """The file of this hash under `path`: as it is there, or downloaded. Raises CorruptBlob."""
+    if path.is_file() and file_hash(path) == digest:
+        return
+    came = path.with_name(f"{path.name}.{digest[:16]}")
+    origin.download(path.name, came)
+    if file_hash(came) != digest:
+        came.unlink()
+        raise CorruptBlob(f"{origin.url}/{path.name} came with other bytes than were packed: publish the pack again.")
+    came.replace(path)
+
+
+def _check_then_place(folder: Path, data: bytes) -> None:
+    """A new manifest takes the old one's place only if it can be read; headers of other files go."""
+    if (folder / MANIFEST).is_file() and (folder / MANIFEST).read_bytes() == data:
+        return
+    trial = folder / "new"
+    trial.mkdir(exist_ok=True)
+    (trial / MANIFEST).write_bytes(data)
+    manifest: Manifest = read_manifest(trial)
+    (trial / MANIFEST).replace(folder / MANIFEST)
+    trial.rmdir()
+    files = {part.file for layer in manifest.layers for part in layer.parts.values()}
+    for header in folder.glob("*.header"):
+        if header.name.removesuffix(".header") not in files:
+            header.unlink()
+
+
+def _place(path: Path, data: bytes) -> None:
+    part = path.with_name(f"{path.name}.part")
+    part.write_bytes(data)
+    part.replace(path)

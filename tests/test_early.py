@@ -1,0 +1,48 @@
+"""Plans for packs whose bytes are still to come: a small floor, the finest target that fits beside it, or none."""
+
+from dataclasses import replace
+from math import inf
+
+from hypothesis import given
+from hypothesis import strategies as st
+from ladders import ladder, ladders
+
+from comoe.plan.early import SHARE, early
+from comoe.plan.ladder import Ladder
+from comoe.plan.pin import Pin, smallest
+
+BLOBS = {"merged": 4096, "high": 16384, "low": 16384, "exact": 65536}
+USE = [[0.5, 0.5], [0.5, 0.5]]
+
+
+def small() -> Ladder:
+    found = ladder(BLOBS, {"merged": 0.1, "q4": 0.01, "q8": 0.001}, USE, clusters=1)
+    found = replace(found, expert_bytes_bf16=found.exact.nbytes)
+    assert found.rung("merged").nbytes <= SHARE * found.expert_bytes_bf16
+    return found
+
+
+def test_the_first_answer_waits_for_a_small_floor_and_refines_to_what_fits() -> None:
+    found = small()
+    assert early(found, 1 << 20, 0.2) == Pin("merged", "exact", inf)
+    assert early(found, found.rung("merged").nbytes + found.rung("q4").nbytes, 0.2) == Pin("merged", "q4", inf)
+
+
+def test_a_floor_that_loses_more_than_the_bound_is_none() -> None:
+    assert early(small(), 1 << 20, 0.05) is None
+    assert early(small(), 1 << 20, 0.0) is None
+
+
+def test_where_no_target_fits_beside_the_floor_there_is_no_such_plan() -> None:
+    assert early(small(), 8192, 0.2) is None
+
+
+@given(ladders(), st.integers(0, 1 << 23), st.sampled_from([0.0, 0.01, 0.05, 0.5]))
+def test_it_keeps_the_budget_and_the_bound(found: Ladder, budget: int, bound: float) -> None:
+    pin = early(found, budget, bound)
+    if pin is not None:
+        assert pin.floor is not None
+        floor, target = found.rung(pin.floor), found.rung(pin.target)
+        assert floor.nbytes <= SHARE * found.expert_bytes_bf16
+        assert target.price <= floor.price <= bound and target.nbytes > floor.nbytes
+        assert floor.nbytes + target.beside(floor) <= budget and smallest(found, pin) <= budget
