@@ -128,6 +128,15 @@ def test_a_request_that_waited_for_a_silent_link_is_given_the_time_to_go_on() ->
     assert kinds(machine.tick({"a": there(1.0, 2.3)}, 3.3)) == ["stalled"]
 
 
+def test_a_node_whose_request_hangs_is_stalled_and_not_merely_slow() -> None:
+    machine, events = attached(), list[Event]()
+    for at in range(1, 20):
+        now_s = 0.1 * at
+        if machine.serving == "a":
+            events += machine.tick({"a": there(inf, now_s), "b": there(0.1)}, now_s)
+    assert [kind for kind in kinds(events) if kind != "announced"] == ["stalled", "handover"]
+
+
 def test_the_next_node_is_who_most_often_came_next() -> None:
     history = NextNode.from_history(["a", "b", "b", "a", "c", "a", "b"])
     assert history.guess("a") == "b" and history.guess("b") == "a" and history.guess("d") is None

@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 
 from comoe.bench.document import Document, checkpoints, published, settings, workplace
-from comoe.bench.handover_figures import ANNOUNCED, DRIVE, FAULT, NEAREST, RULE, STAY, figures, page
+from comoe.bench.handover_figures import ANNOUNCED, DRIVE, FAULT, NEAREST, RULE, SLOW, STAY, figures, page
 from comoe.bench.material import read_material
 from comoe.bench.network import Scope, Traveller
 from comoe.bench.rows import Job, Row, RowFile, collect
 from comoe.memory.policy import LFU
 from comoe.memory.residency import Residency
-from comoe.net.handover import NextNode
+from comoe.net.handover import NextNode, Rule
 from comoe.sim.mobility import Drive, edges_of, read_drives, read_sites
 from comoe.sim.network import decoded
 from comoe.sim.roam import Costs, Fault, Policy, Roamed, Roamer, RoundTrip, after, handovers, recovery_s, returns
@@ -145,6 +145,7 @@ def drive_row(of: Driver, drive: Drive) -> Row:
         STAY: Policy(rule=None),
         NEAREST: Policy(at_once=True),
         RULE: Policy(),
+        SLOW: Policy(Rule(trigger_s=3.0)),
         ANNOUNCED: Policy(hot=of.num_hot),
     }
     found = {

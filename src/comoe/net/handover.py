@@ -109,7 +109,8 @@ class Handover:
         if self.serving is None:
             events += self._attach(there, now_s)
         else:
-            events += self._compare(self.serving, there, now_s)
+            hangs = sights[self.serving].waiting_s > self.rule.stalled_s / 2
+            events += self._compare(self.serving, there, now_s, hangs=hangs)
         for event in events:
             self.counts[event.kind] += 1
             self.log.append(event)
@@ -170,7 +171,8 @@ class Handover:
         self._told.clear()
         return Event(kind, now_s, node, before)
 
-    def _compare(self, serving: str, there: Mapping[str, float], now_s: float) -> list[Event]:
+    def _compare(self, serving: str, there: Mapping[str, float], now_s: float, *, hangs: bool) -> list[Event]:
+        """Move to a better node; where a request `hangs`, first see whether the serving one is stalled or goes on."""
         limit = (1 - self.rule.hysteresis) * there.get(serving, inf)
         better = {node: takes for node, takes in there.items() if node != serving and takes < limit}
         if not better:
@@ -180,7 +182,7 @@ class Handover:
             self._candidate, self._candidate_s = min(better, key=lambda name: (better[name], name)), now_s
             return self._announce(serving, self._candidate, now_s)
         waited_s = now_s - max(self._candidate_s, self._since_s)
-        if waited_s < self.rule.trigger_s:
+        if waited_s < self.rule.trigger_s or hangs:
             return []
         return [self._serve("handover", self._candidate, serving, now_s)]
 

@@ -148,7 +148,9 @@ class Roamer:
         if not group:
             return 0, 0
         node = self._machine.serving
-        self._recent = {**{blob: None for blob in self._recent if blob not in group}, **dict.fromkeys(group)}
+        for blob in group:
+            self._recent.pop(blob, None)
+            self._recent[blob] = None
         if node is None:
             self._until(self._now_s + len(group) * self.costs.flash_s)
             return 0, 0
