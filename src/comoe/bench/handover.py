@@ -188,7 +188,7 @@ def columns(of: Driver, roamed: Roamed) -> Row:
         "tokens": len(took_s),
         "median_ms": 1e3 * float(np.median(took_s)),
         "p95_ms": 1e3 * float(np.quantile(took_s, 0.95)),
-        "soon_ms": [1e3 * value for value in soon],
+        "soon_p95_ms": 1e3 * float(np.quantile(soon, 0.95)) if soon else None,
         "handovers": len(moments),
         "returns": returns(roamed),
         "counts": roamed.counts,

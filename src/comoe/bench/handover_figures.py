@@ -1,7 +1,7 @@
 """From the handover benchmark's rows to its figures, and a page to read. Pure."""
 
 from collections.abc import Iterator, Sequence
-from statistics import median, quantiles
+from statistics import median
 from typing import Any
 
 from comoe.bench.rows import Row
@@ -20,8 +20,9 @@ def figures(rows: Sequence[Row]) -> dict[str, Any]:
     `bytes_moved_share` the most of a drive's mean per handover. `identical` is None: in virtual time no model runs.
     """
     drives = [row["policies"][ANNOUNCED] for row in rows if row["kind"] == DRIVE]
-    gaps = [p95(found["soon_ms"]) / found["median_ms"] for found in drives if len(found["soon_ms"]) > 1]
-    others = [p95(found["soon_ms"]) / found["p95_ms"] for found in drives if len(found["soon_ms"]) > 1]
+    moved = [found for found in drives if found["soon_p95_ms"] is not None]
+    gaps = [found["soon_p95_ms"] / found["median_ms"] for found in moved]
+    others = [found["soon_p95_ms"] / found["p95_ms"] for found in moved]
     recovered = [seconds for found in drives for seconds in found["recovery_s"]]
     known = [seconds for seconds in recovered if seconds is not None]
     return {
@@ -36,11 +37,6 @@ def figures(rows: Sequence[Row]) -> dict[str, Any]:
         "longest_gap_ms": max((row["longest_gap_ms"] for row in rows if row["kind"] == FAULT), default=None),
         "rows": list(rows),
     }
-
-
-def p95(values: Sequence[float]) -> float:
-    """The 95th percentile of two values and more."""
-    return quantiles(values, n=20, method="inclusive")[-1]
 
 
 def page(document: dict[str, Any]) -> str:
@@ -67,8 +63,10 @@ def _lines(document: dict[str, Any]) -> Iterator[str]:
 
 def _policies(rows: Sequence[Row]) -> Iterator[str]:
     """Policies over all drives, those with a recorded rate apart."""
-    yield "| drives | policy | handovers | undone in 10 s | lost, stalled | far | ms/token | p95 | p95 after handover "
-    yield "| recovery, s | node's hits |"
+    yield (
+        "| drives | policy | handovers | undone in 10 s | lost, stalled | far | ms/token | p95 | p95 after handover "
+        "| recovery, s | node's hits |"
+    )
     yield "|---|---|---|---|---|---|---|---|---|---|---|"
     for recorded in (False, True):
         some = [row for row in rows if row["recorded"] == recorded]
@@ -80,7 +78,7 @@ def _policies(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _cells(found: Sequence[Row]) -> str:
-    soon = [p95(one["soon_ms"]) for one in found if len(one["soon_ms"]) > 1]
+    soon = [one["soon_p95_ms"] for one in found if one["soon_p95_ms"] is not None]
     known = [seconds for one in found for seconds in one["recovery_s"] if seconds is not None]
     counts = [sum(one["counts"][kind] for one in found) for kind in ("lost", "stalled")]
     cells = [
