@@ -1,9 +1,8 @@
-"""A device that generates while its edge nodes die, stall or are cut off, as real processes: one JSON document on stdout.
+"""A device that generates while its edge nodes die, stall or are cut off, really: one JSON document on stdout.
 
-Host by host in network namespaces: a device, two edge nodes, an origin; wires with a rate, relays with a round trip. The
-pack must be self-contained: the device reads it from the origin, and nodes run what misses. Answers are compared with
-those of the same pack read locally. Needs root, and the extra comoe[edge]. Raw results lie beside it, in
-edge_faults.json.
+Hosts are network namespaces: a device, two edge nodes, an origin; wires have a rate, relays a round trip. The pack must
+be self-contained: the device reads it from the origin, and nodes run what misses. Answers are compared with those of
+the same pack read locally. Needs root, and the extra comoe[edge]. Raw results lie beside it, in edge_faults.json.
 """
 
 import argparse
