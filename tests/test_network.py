@@ -43,6 +43,14 @@ def test_fetch_on_miss_waits_for_every_expert_once() -> None:
     assert np.diff(found.at_s)[-5:] == pytest.approx(0.1)
 
 
+def test_a_round_trip_is_waited_for_where_the_link_was_idle_and_not_between_reads() -> None:
+    def first_s(rtt_s: float) -> float:
+        air = Air(LinkRate.steady(1e5, 20.0), rtt_s)
+        return float(Session(streaming(), air, Static(FETCH_ON_MISS), BLOBS, USE).run(TRACE).at_s[0])
+
+    assert first_s(0.5) - first_s(0.0) == pytest.approx(0.5, abs=1e-6)
+
+
 def test_a_floor_is_there_before_the_first_token() -> None:
     found = outcome(LinkRate.steady(1e4, 20.0), Static(LinkPlan("coarse", "coarse", "coarse", reads="missed")))
     assert found.at_s[0] == pytest.approx(0.02 + N * COARSE / 1e4, abs=0.1)
