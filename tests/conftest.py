@@ -20,7 +20,14 @@ if TYPE_CHECKING:
 THREADS = "2"
 SHARED = Path(os.environ.get("COMOE_SHARED") or Path(__file__).resolve().parents[2] / "shared")
 NEEDS_SHARED = "needs the shared models and data (COMOE_SHARED)"
-EXPECTED_SKIPS = ("needs a writable memory cgroup", "needs the shared models")
+EXPECTED_SKIPS = (
+    "needs a writable memory cgroup",
+    "needs the shared models",
+    "needs root for network namespaces",
+    "needs ip of iproute2",
+    "needs tc of iproute2",
+    "needs network namespaces",
+)
 """How the reasons begin for which a test may be skipped under CI=true."""
 
 SPECIAL_TOKENS = ("<pad>", "</s>", "<unk>", "<|doc|>", "<extra_id_0>")
@@ -36,6 +43,15 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip(NEEDS_SHARED)
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def network() -> None:
+    """Network namespaces and shaped wires can be made here."""
+    from comoe.testbed.namespaces import missing
+
+    if reason := missing():
+        pytest.skip(reason)
 
 
 @pytest.fixture(scope="session")

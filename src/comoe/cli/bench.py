@@ -13,8 +13,10 @@ from comoe.types import UsageError
 
 BENCHMARKS = {
     "cache": ("comoe.bench.cache", "comoe.bench.cache_figures"),
+    "handover": ("comoe.bench.handover", "comoe.bench.handover_figures"),
     "joint": ("comoe.bench.joint", "comoe.bench.joint_figures"),
     "ladder": ("comoe.bench.ladder", "comoe.bench.ladder_figures"),
+    "network": ("comoe.bench.network", "comoe.bench.network_figures"),
     "quality": ("comoe.bench.quality", "comoe.bench.figures"),
 }
 """Where each benchmark runs (`run`) and is written down (`page`)."""

@@ -1,0 +1,104 @@
+"""From the handover benchmark's rows to its figures, and a page to read. Pure."""
+
+from collections.abc import Iterator, Sequence
+from statistics import median
+from typing import Any
+
+from comoe.bench.rows import Row
+
+DRIVE, FAULT = "drive", "fault"
+STAY, NEAREST, RULE, SLOW, ANNOUNCED = "first node", "nearest at once", "rule", "rule, 3 s", "rule, announced"
+POLICIES = (STAY, NEAREST, RULE, SLOW, ANNOUNCED)
+
+
+def figures(rows: Sequence[Row]) -> dict[str, Any]:
+    """The document's figures, and its rows.
+
+    All are of the last policy. `gap_p95_over_median_token` is of tokens within 5 s after a handover, over the median of
+    the drive's tokens, `gap_p95_over_drives_p95` over their p95, medians over drives that have any;
+    `hit_rate_recovery_s` is the median over handovers, of which `recovered` is the share that recovered at all;
+    `bytes_moved_share` the most of a drive's mean per handover. `identical` is None: in virtual time no model runs.
+    """
+    drives = [row["policies"][ANNOUNCED] for row in rows if row["kind"] == DRIVE]
+    moved = [found for found in drives if found["soon_p95_ms"] is not None]
+    gaps = [found["soon_p95_ms"] / found["median_ms"] for found in moved]
+    others = [found["soon_p95_ms"] / found["p95_ms"] for found in moved]
+    recovered = [seconds for found in drives for seconds in found["recovery_s"]]
+    known = [seconds for seconds in recovered if seconds is not None]
+    return {
+        "gap_p95_over_median_token": median(gaps) if gaps else None,
+        "gap_p95_over_drives_p95": median(others) if others else None,
+        "identical": None,
+        "hit_rate_recovery_s": median(known) if known else None,
+        "recovered": len(known) / len(recovered) if recovered else None,
+        "bytes_moved_share": max((found["announced_share"] for found in drives), default=None),
+        "handovers": sum(found["handovers"] for found in drives),
+        "returns": sum(found["returns"] for found in drives),
+        "longest_gap_ms": max((row["longest_gap_ms"] for row in rows if row["kind"] == FAULT), default=None),
+        "rows": list(rows),
+    }
+
+
+def page(document: dict[str, Any]) -> str:
+    """The document as Markdown tables."""
+    return "\n".join(_lines(document)) + "\n"
+
+
+def _lines(document: dict[str, Any]) -> Iterator[str]:
+    told = document["settings"]
+    yield "# Handover, in virtual time\n"
+    yield f"Made by `comoe bench handover` {told['comoe']}: recorded drives past {told['edges']} edge nodes. Sessions "
+    yield f"are exact; a device holds {told['capacity_share']:.0%} of the experts' bytes, and what misses runs on the "
+    yield f"node that serves. Announcements name {told['hot_share']:.0%} of the experts at most.\n"
+    yield "| figure | |\n|---|---|"
+    names = [name for name, value in document.items() if isinstance(value, int | float) and not isinstance(value, bool)]
+    yield from (f"| {name} | {document[name]:.3g} |" for name in names)
+    yield ""
+    for model in document["models"]:
+        mine = [row for row in document["rows"] if row["model"] == model]
+        yield f"## {model}\n"
+        yield from _policies([row for row in mine if row["kind"] == DRIVE])
+        yield from _faults([row for row in mine if row["kind"] == FAULT])
+
+
+def _policies(rows: Sequence[Row]) -> Iterator[str]:
+    """Policies over all drives, those with a recorded rate apart."""
+    yield (
+        "| drives | policy | handovers | undone in 10 s | lost, stalled | far | ms/token | p95 | p95 after handover "
+        "| recovery, s | node's hits |"
+    )
+    yield "|---|---|---|---|---|---|---|---|---|---|---|"
+    for recorded in (False, True):
+        some = [row for row in rows if row["recorded"] == recorded]
+        for policy in POLICIES if some else ():
+            found = [row["policies"][policy] for row in some]
+            name = f"{len(some)}, {'recorded' if recorded else 'steady'} rate"
+            yield f"| {name} | {policy} | {_cells(found)} |"
+    yield ""
+
+
+def _cells(found: Sequence[Row]) -> str:
+    soon = [one["soon_p95_ms"] for one in found if one["soon_p95_ms"] is not None]
+    known = [seconds for one in found for seconds in one["recovery_s"] if seconds is not None]
+    counts = [sum(one["counts"][kind] for one in found) for kind in ("lost", "stalled")]
+    cells = [
+        str(sum(one["handovers"] for one in found)),
+        str(sum(one["returns"] for one in found)),
+        ", ".join(map(str, counts)),
+        f"{median(one['far_share'] for one in found):.0%}",
+        f"{median(one['median_ms'] for one in found):.0f}",
+        f"{median(one['p95_ms'] for one in found):.0f}",
+        f"{median(soon):.0f}" if soon else "",
+        f"{median(known):.1f}" if known else "",
+        f"{median(one['hit_rate'] for one in found):.1%}",
+    ]
+    return " | ".join(cells)
+
+
+def _faults(rows: Sequence[Row]) -> Iterator[str]:
+    yield "| fault | longest gap, ms | tokens in the 30 s after it | what happened |\n|---|---|---|---|"
+    for row in rows:
+        moves = "; ".join(f"{event} {node} at {at_s:.1f} s" for at_s, node, event in row["moves"])
+        counts = ", ".join(f"{count} {kind}" for kind, count in row["counts"].items() if count)
+        yield f"| {row['fault']} | {row['longest_gap_ms']:.0f} | {row['tokens_during']} | {counts}; {moves} |"
+    yield ""

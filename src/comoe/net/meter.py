@@ -1,0 +1,59 @@
+"""How fast bytes come over a link while requests are open, one or several at once. Pure: the clock is an argument.
+
+Time in which nothing was asked for does not count, nor does the round trip of a request that is alone.
+"""
+
+from dataclasses import dataclass, field
+
+from comoe.net.links import Link
+
+SAMPLE_S = 0.05
+"""Bytes and time are told to the link in pieces of at least so long."""
+
+
+@dataclass(slots=True)
+class Meter:
+    """What the open requests of one link have had; `link` is told."""
+
+    link: Link
+    _open: dict[int, float] = field(default_factory=dict)
+    _next: int = 0
+    _nbytes: int = 0
+    _counted_s: float = 0.0
+
+    def begin(self, now_s: float) -> int:
+        """A request was sent; the answer names it from now on."""
+        if not self._open:
+            self._nbytes, self._counted_s = 0, now_s + (self.link.rtt_s or 0.0)
+        self._next += 1
+        self._open[self._next] = now_s
+        return self._next
+
+    def came(self, request: int, nbytes: int, now_s: float) -> None:
+        """So many bytes more of a request have come."""
+        self._open[request] = now_s
+        self._nbytes += nbytes
+        self.flush(now_s)
+
+    def end(self, request: int, now_s: float, *, failed: bool = False) -> None:
+        """A request has all of its bytes, or broke."""
+        self._flush(now_s, 0.0)
+        del self._open[request]
+        if failed:
+            self.link.failed()
+        else:
+            self.link.succeeded(now_s)
+
+    def flush(self, now_s: float) -> None:
+        """Tell the link what came since it was last told, be it nothing."""
+        self._flush(now_s, SAMPLE_S)
+
+    def waiting_s(self, now_s: float) -> float:
+        """For how long the open request that waits longest has had no byte; 0 where none is open."""
+        return now_s - min(self._open.values(), default=now_s)
+
+    def _flush(self, now_s: float, least_s: float) -> None:
+        seconds = now_s - self._counted_s
+        if self._open and seconds > 0 and seconds >= least_s:
+            self.link.transferred(self._nbytes, seconds, now_s)
+            self._nbytes, self._counted_s = 0, now_s

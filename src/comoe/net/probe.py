@@ -1,0 +1,63 @@
+"""A light question to a node over HTTP: is it there, and how long is the round trip. One connection, kept open."""
+
+import ssl
+from http.client import HTTPConnection, HTTPException, HTTPSConnection
+from time import perf_counter
+from urllib.parse import urlsplit
+
+from comoe.types import RemoteUnavailable, UsageError
+
+PATH = "/health"
+MOST_NBYTES = 65536
+"""Of an answer, what is read."""
+
+
+class Probe:
+    """Asks the node at `url`, `http(s)://host[:port][/prefix]`, for its health. UsageError for anything else.
+
+    `context` says which certificates of https are trusted; None: those that the system trusts.
+    """
+
+    def __init__(self, url: str, timeout_s: float, context: ssl.SSLContext | None = None) -> None:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise UsageError(f"{url!r} is no edge node: name it as http://host:port or https://host:port.")
+        self.url, self._timeout_s, self._context = url, timeout_s, context
+        self._secure, self._host, self._port = parts.scheme == "https", parts.hostname, parts.port
+        self._connection: HTTPConnection | None = None
+
+    def ask(self) -> float:
+        """The round trip in seconds, of a connection that was open already. Raises RemoteUnavailable.
+
+        A node that drains answers 503 and counts as gone; one that was not asked before is asked twice.
+        """
+        try:
+            if self._connection is None:
+                self._connection = self._connect()
+                self._asked()
+            return self._asked()
+        except (OSError, HTTPException) as error:
+            self.close()
+            raise RemoteUnavailable(f"{self.url} does not answer: is the edge node running?") from error
+
+    def close(self) -> None:
+        """Drop the connection; the next question makes one."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    def _connect(self) -> HTTPConnection:
+        if self._secure:
+            return HTTPSConnection(self._host, self._port, timeout=self._timeout_s, context=self._context)
+        return HTTPConnection(self._host, self._port, timeout=self._timeout_s)
+
+    def _asked(self) -> float:
+        assert self._connection is not None
+        start_s = perf_counter()
+        self._connection.request("GET", PATH)
+        answer = self._connection.getresponse()
+        took_s = perf_counter() - start_s
+        answer.read(MOST_NBYTES)
+        if answer.status != 200 or not answer.isclosed():
+            raise HTTPException(f"status {answer.status}, or an answer without an end")
+        return took_s

@@ -1,0 +1,149 @@
+"""Several edge nodes, probed and scored, of which one serves: `net.links` and `net.handover` on real sockets.
+
+A thread for each node probes it, so that a dead one delays nobody. Who reads from a node tells what came by `reading`.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from threading import Event as Flag
+from threading import Lock, Thread
+from time import monotonic
+from typing import Protocol
+
+from comoe.net.handover import DEFAULT_RULE, Event, Handover, NextNode, Rule, Sight
+from comoe.net.links import Link, LinkState, states
+from comoe.net.meter import Meter
+from comoe.types import ComoeError, RemoteUnavailable, UsageError
+
+PERIOD_S = 0.25
+"""Between two probes of a node."""
+
+UNIT_NBYTES = 1 << 16
+"""What links are compared by: the seconds that so many bytes are expected to take."""
+
+
+class Asks(Protocol):
+    """What asks a node for its round trip: `net.probe.Probe`."""
+
+    def ask(self) -> float: ...
+
+    def close(self) -> None: ...
+
+
+class Roaming:
+    """Nodes by their URL, watched from `start` until `close`; `told` hears every event, from a thread of a node's.
+
+    UsageError where a node is named twice.
+    """
+
+    def __init__(
+        self,
+        probes: Sequence[tuple[str, Asks]],
+        told: Callable[[Event], None] = lambda event: None,
+        *,
+        rule: Rule = DEFAULT_RULE,
+        history: NextNode | None = None,
+        clock: Callable[[], float] = monotonic,
+    ) -> None:
+        self._probes, self._told, self._clock = dict(probes), told, clock
+        if not probes or len(self._probes) < len(probes):
+            raise UsageError("name every edge node once.")
+        self._links = {node: Link() for node in self._probes}
+        self._meters = {node: Meter(link) for node, link in self._links.items()}
+        self._machine = Handover(rule, history or NextNode())
+        self._lock, self._closing = Lock(), Flag()
+        self._threads = [Thread(target=self._watch, args=(node,), daemon=True) for node in self._probes]
+
+    def start(self) -> "Roaming":
+        """Begin to probe."""
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def close(self) -> None:
+        """Stop probing; idempotent."""
+        self._closing.set()
+        for thread in self._threads:
+            if thread.is_alive():
+                thread.join()
+        for probe in self._probes.values():
+            probe.close()
+
+    def __enter__(self) -> "Roaming":
+        return self.start()
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    @property
+    def serving(self) -> str | None:
+        """The node that serves now; None where there is no link."""
+        return self._machine.serving
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How often each kind of event happened."""
+        with self._lock:
+            return dict(self._machine.counts)
+
+    @property
+    def log(self) -> list[Event]:
+        """The last events."""
+        with self._lock:
+            return list(self._machine.log)
+
+    def links(self) -> dict[str, LinkState]:
+        """All links now, by node."""
+        with self._lock:
+            return states(self._links, UNIT_NBYTES, self._clock())
+
+    @contextmanager
+    def reading(self) -> Iterator[tuple[str, Callable[[int], None]]]:
+        """The node to read from now, and whom to tell of every piece of bytes that comes; an error of comoe's counts
+        as a failed request. Raises RemoteUnavailable without a link."""
+        with self._lock:
+            node = self._machine.serving
+            if node is None:
+                raise RemoteUnavailable("no edge node answers: look at the network, or go on without one.")
+            request = self._meters[node].begin(self._clock())
+        failed = False
+
+        def came(nbytes: int) -> None:
+            with self._lock:
+                self._meters[node].came(request, nbytes, self._clock())
+
+        try:
+            yield node, came
+        except (ComoeError, OSError):
+            failed = True
+            raise
+        finally:
+            with self._lock:
+                self._meters[node].end(request, self._clock(), failed=failed)
+
+    def _watch(self, node: str) -> None:
+        probe, link = self._probes[node], self._links[node]
+        while not self._closing.is_set():
+            try:
+                rtt_s = probe.ask()
+            except RemoteUnavailable:
+                with self._lock:
+                    link.failed()
+            else:
+                with self._lock:
+                    link.probed(rtt_s, self._clock())
+            self._tick()
+            self._closing.wait(PERIOD_S)
+
+    def _tick(self) -> None:
+        with self._lock:
+            now_s = self._clock()
+            for meter in self._meters.values():
+                meter.flush(now_s)
+            seen = {
+                node: Sight(state.expected_s, state.silent_s, self._meters[node].waiting_s(now_s))
+                for node, state in states(self._links, UNIT_NBYTES, now_s).items()
+            }
+            events = self._machine.tick(seen, now_s)
+        for event in events:
+            self._told(event)

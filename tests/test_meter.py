@@ -1,0 +1,66 @@
+"""How fast bytes come while requests are open."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from comoe.net.links import Link
+from comoe.net.meter import Meter
+
+
+def test_time_without_requests_does_not_count() -> None:
+    meter = Meter(Link())
+    for start_s in (0.0, 100.0, 200.0):
+        request = meter.begin(start_s)
+        for at in range(1, 101):
+            meter.came(request, 1000, start_s + 0.1 * at)
+        meter.end(request, start_s + 10)
+    assert meter.link.rate_bps == pytest.approx(10_000, rel=1e-3)
+    assert meter.waiting_s(300.0) == 0
+
+
+def test_the_round_trip_of_a_lone_request_does_not_count() -> None:
+    meter = Meter(Link(rtt_s=0.5))
+    request = meter.begin(0.0)
+    meter.came(request, 1000, 0.6)
+    meter.end(request, 0.6)
+    assert meter.link.rate_bps == pytest.approx(10_000)
+
+
+def test_requests_share_a_link() -> None:
+    meter = Meter(Link())
+    one, other = meter.begin(0.0), meter.begin(0.0)
+    for at in range(1, 101):
+        meter.came(one, 500, 0.1 * at)
+        meter.came(other, 500, 0.1 * at)
+    assert meter.link.rate_bps == pytest.approx(10_000, rel=1e-2)
+
+
+def test_a_request_that_gets_nothing_waits_and_slows_the_link() -> None:
+    meter = Meter(Link())
+    request = meter.begin(0.0)
+    meter.came(request, 10_000, 1.0)
+    before = meter.link.rate_bps
+    meter.flush(3.0)
+    assert meter.waiting_s(3.0) == 2.0 and meter.link.rate_bps < before / 2
+    meter.end(request, 3.0, failed=True)
+    assert meter.link.loss > 0 and meter.waiting_s(4.0) == 0
+
+
+@given(st.lists(st.tuples(st.integers(0, 10_000), st.floats(0.001, 2)), min_size=1))
+def test_no_byte_is_counted_twice_and_none_is_lost(pieces: list[tuple[int, float]]) -> None:
+    told: list[tuple[int, float]] = []
+
+    class Told(Link):
+        def transferred(self, nbytes: int, seconds: float, now_s: float) -> None:
+            told.append((nbytes, seconds))
+
+    meter, now_s = Meter(Told()), 0.0
+    request = meter.begin(now_s)
+    for nbytes, seconds in pieces:
+        now_s += seconds
+        meter.came(request, nbytes, now_s)
+    now_s += 0.001
+    meter.end(request, now_s)
+    assert sum(nbytes for nbytes, _ in told) == sum(nbytes for nbytes, _ in pieces)
+    assert sum(seconds for _, seconds in told) == pytest.approx(now_s)
