@@ -111,7 +111,8 @@ def curve(pack: Path, shared: Path, bound: float, share: float) -> Row:
         return {"plan": None}
     found.pin = pin
     floor, target = found.ladder.rung(str(pin.floor)), found.ladder.rung(pin.target)
-    model = found.as_pinned(floor.nbytes + target.beside(floor))
+    room = target.group_beside(floor)  # all that comes is held: one expert more must fit
+    model = found.as_pinned(floor.nbytes + target.beside(floor) + room)
     with model.comoe as handle:
         serving = handle._serving
         serving.early, serving.cache.prefetch = True, lambda groups: None  # nothing else comes
