@@ -179,7 +179,7 @@ def test_other_families_answer_the_same_to_the_bit(family: str, dtype: torch.dty
     subject = Subject(family, tmp_path, dtype, forms=("exact",))
     with running(subject.pack) as edge:
         loader = Loader(Pack(subject.pack), Options(edges=(Node(edge.url),)))
-        loader.pace(lambda nbytes: READ_S)
+        loader.pace(lambda nbytes: 10 * READ_S)
         model = loader.streamed("exact", subject.expert_bytes)
         with model.comoe:
             assert answer(model, 5).equals(alone(subject))
