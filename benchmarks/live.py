@@ -44,6 +44,7 @@ SHARE, BEFORE, AFTER, WINDOW = 0.24, 224, 448, 16
 PLANS, RUNS_PER_PLAN, WINDOWS, TOKENS, PROMPT = 40, 5, 5, 80, 32
 BOUNDS, SHARES, SHARES_BESIDE = (0.005, 0.01, 0.02, 0.03, 0.05), (0.10, 0.40), (0.0, 0.1)
 RATES = (5e6, 2e7, 1e8)
+ELSEWHERE = "bound elsewhere"
 HOG = "import sys, time; held = bytearray(int(sys.argv[1])); print('taken', flush=True); time.sleep(600)"
 
 
@@ -355,8 +356,8 @@ def in_group(part: str, pack: Path, shared: Path) -> Row:
         return {**json.loads(done.stdout), "oom_kills": group.oom_kills}
 
 
-def measure(pack: Path, shared: Path, rows: Path | None, plans: int) -> dict[str, Any]:
-    """All rows, and the figures of the issue."""
+def measure(pack: Path, shared: Path, rows: Path | None, plans: int, elsewhere: Path | None) -> dict[str, Any]:
+    """All rows, and the figures. `elsewhere` is a pack whose calibration had little of these texts' domains."""
     depends = {"pack": identity(read_manifest(pack)), "machine": machine(), "threads": THREADS, "seed": SEED}
     file = RowFile(rows)
 
@@ -371,6 +372,8 @@ def measure(pack: Path, shared: Path, rows: Path | None, plans: int) -> dict[str
             found.append(row("switches", partial(switches, pack, shared, policy, live), policy=policy, live=live))
     exact = row("exact", partial(exact_nats, pack, shared))["nats"]
     found += [row("bound", partial(bound, pack, shared, at, exact), plan=at) for at in range(plans)]
+    if elsewhere is not None:
+        found += [row(ELSEWHERE, partial(bound, elsewhere, shared, at, exact), plan=at) for at in range(plans)]
     return {
         "name": "live",
         "machine": machine(),
@@ -397,9 +400,10 @@ def settings() -> dict[str, Any]:
 
 
 def figures(rows: Sequence[Row]) -> dict[str, Any]:
-    """The issue's five."""
+    """What the rows come to; `share_above_bound_elsewhere` is of the other pack, None without one."""
     of = {kind: [row for row in rows if row["kind"] == kind] for kind in {row["kind"] for row in rows}}
     runs = [run for row in of["bound"] for run in row["runs"]]
+    others = [run for row in of.get(ELSEWHERE, ()) for run in row["runs"]]
     return {
         "resize_ms_p99": of["resizes"][0]["ms_p99"],
         "oom_kills": of["resizes"][0]["oom_kills"] + of["hog"][0]["oom_kills"],
@@ -409,6 +413,7 @@ def figures(rows: Sequence[Row]) -> dict[str, Any]:
         "runs": len(runs),
         "runs_with_floor": sum(run["floor_rate"] > 0 for run in runs),
         "share_above_bound": sum(run["above"] for run in runs) / max(len(runs), 1),
+        "share_above_bound_elsewhere": sum(run["above"] for run in others) / len(others) if others else None,
         "replays_identical": of["replays"][0]["identical"],
     }
 
@@ -424,6 +429,7 @@ def main() -> None:
     parser.add_argument("--shared", type=Path, required=True, help="The folder of the shared texts.")
     parser.add_argument("--rows", type=Path, help="Finished rows, kept and taken from here.")
     parser.add_argument("--plans", type=int, default=PLANS, help="Plans whose losses are held against their bounds.")
+    parser.add_argument("--elsewhere", type=Path, help="A pack that was calibrated on other text: its losses, too.")
     parser.add_argument("--part", choices=("resizes", "watched"), help=argparse.SUPPRESS)
     flags = parser.parse_args()
     if flags.part == "watched":
@@ -431,7 +437,8 @@ def main() -> None:
     elif flags.part == "resizes":
         json.dump(resizes(flags.pack, flags.shared), sys.stdout)
     else:
-        json.dump(measure(flags.pack, flags.shared, flags.rows, flags.plans), sys.stdout, indent=1)
+        found = measure(flags.pack, flags.shared, flags.rows, flags.plans, flags.elsewhere)
+        json.dump(found, sys.stdout, indent=1)
     sys.stdout.write("\n")
 
 
