@@ -81,8 +81,8 @@ def _ahead(cache: Row) -> Iterator[str]:
     yield "It helps most where a read takes about as long as a layer: there is time to hide it in. Faster reads cost"
     yield "little anyway; slower ones keep the disk busy with misses,"
     yield "and decoding gains nothing, prompts still do: their"
-    yield "layers use sets of experts. The trial that switches it off costs a few tokens. Live, no pair is slower beyond its"
-    yield "interval."
+    yield "layers use sets of experts. The trial that switches it off costs a few tokens."
+    yield "Live, no pair is slower beyond its interval."
     yield ""
 
 
