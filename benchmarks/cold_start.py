@@ -116,10 +116,9 @@ def curve(pack: Path, shared: Path, bound: float, share: float) -> Row:
     with model.comoe as handle:
         serving = handle._serving
         serving.early, serving.cache.prefetch = True, lambda groups: None  # nothing else comes
-        most_used = sorted(handle.pack.manifest.expert_ids, key=lambda e: -found.ladder.use[e.layer][e.expert])
-        groups = [serving.way(*expert, pin.target).blobs for expert in most_used]
+        groups = [serving.way(*expert, pin.target).blobs for expert in found.most_used]
         blobs = dict.fromkeys(blob for group in groups for blob in group)
-        floor_blobs = {blob for expert in most_used for blob in serving.way(*expert, str(pin.floor)).blobs}
+        floor_blobs = {blob for expert in found.most_used for blob in serving.way(*expert, str(pin.floor)).blobs}
         coming = [blob for blob in blobs if blob not in floor_blobs]
         came = _first(coming, share, handle.pack)
         handle.cache.hold(came)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from comoe.store.directfile import Bounce, DirectFile
+from comoe.store.whole import whole
 from comoe.types import PackError, UsageError
 
 DEFAULT_BYTES, FREE_SHARE = 8 << 30, 0.5
@@ -178,14 +179,8 @@ def _locked(descriptor: int) -> bool:
 
 def _write(path: Path, data: memoryview) -> None:
     """The file, whole and on disk, or not at all; its pages leave the page cache."""
-    part = path.with_name(f"{path.name}.part")
-    try:
-        with part.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fdatasync(file.fileno())
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        part.replace(path)
-    except OSError:
-        part.unlink(missing_ok=True)
-        raise
+    with whole(path) as file:
+        file.write(data)
+        file.flush()
+        os.fdatasync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

@@ -12,6 +12,7 @@ from comoe.net.origin import Origin
 from comoe.store.blobfile import BlobFile, header_bytes, parse_header
 from comoe.store.manifest import MANIFEST, MAX_MANIFEST_BYTES, Manifest, read_manifest
 from comoe.store.pack import Pack, file_hash
+from comoe.store.whole import whole
 from comoe.types import BlobId, CorruptBlob, HostileFile, PackError, RemoteUnavailable
 
 
@@ -33,8 +34,7 @@ class RemotePack(Pack):
     def _mirror(self, folder: Path, source: Path | None) -> None:
         """All files but the blobs'. Raises PackError where the pack is of use on the machine that packed it only."""
         origin = self._origin
-        _describe(origin, folder)
-        manifest = read_manifest(folder)
+        manifest = _newest(origin, folder)
         if manifest.source is not None and source is None:
             raise PackError(
                 f"{origin.url} refers to a checkpoint on the machine that packed it: publish a pack made with "
@@ -86,7 +86,8 @@ class RemotePack(Pack):
         length = 8 + header_bytes(path, head, size)
         if length > len(head):
             head, _ = self._origin.head(name, length)
-        _place(kept, size.to_bytes(8, "little") + head[:length])
+        with whole(kept) as file:
+            file.write(size.to_bytes(8, "little") + head[:length])
         return parse_header(path, head[:length], size)
 
     def head(self, name: str) -> bytes:
@@ -101,13 +102,16 @@ def describe(url: str, access: Access) -> Path:
     origin, cache = Origin(url, access), FlashCache(access.cache, access.cache_bytes)
     try:
         with cache.mirroring(mirror_name(origin.url)) as folder:
-            _describe(origin, folder)
+            for name, digest in _newest(origin, folder).files.items():
+                if not name.endswith(".safetensors"):
+                    fetch_file(origin, folder / name, digest)
             return folder
     finally:
         cache.close()
 
 
-def _describe(origin: Origin, folder: Path) -> None:
+def _newest(origin: Origin, folder: Path) -> Manifest:
+    """The pack's manifest, now in its mirror; without a link the one that is there."""
     try:
         data = origin.read(MANIFEST, MAX_MANIFEST_BYTES)
     except RemoteUnavailable:
@@ -115,9 +119,7 @@ def _describe(origin: Origin, folder: Path) -> None:
             raise
     else:
         _check_then_place(folder, data)
-    for name, digest in read_manifest(folder).files.items():
-        if not name.endswith(".safetensors"):
-            fetch_file(origin, folder / name, digest)
+    return read_manifest(folder)
 
 
 def mirror_name(url: str) -> str:
@@ -153,9 +155,3 @@ def _check_then_place(folder: Path, data: bytes) -> None:
     for header in folder.glob("*.header"):
         if header.name.removesuffix(".header") not in files:
             header.unlink()
-
-
-def _place(path: Path, data: bytes) -> None:
-    part = path.with_name(f"{path.name}.part")
-    part.write_bytes(data)
-    part.replace(path)

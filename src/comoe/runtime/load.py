@@ -47,7 +47,7 @@ from comoe.store.paced import Paced
 from comoe.store.pack import Pack, refuse_idle_source
 from comoe.store.profile import Profile, read_profile
 from comoe.store.source import Source
-from comoe.types import DoesNotFit, UsageError
+from comoe.types import DoesNotFit, ExpertId, UsageError
 from comoe.units import format_size, parse_budget, parse_share, parse_size
 
 LINK_THREADS = 4
@@ -315,6 +315,12 @@ class Loader:
         experts = [layer.num_experts for layer in manifest.layers]
         return {} if self.options.prefetch == "off" else read_foresight(self.pack.folder, experts)
 
+    @cached_property
+    def most_used(self) -> list[ExpertId]:
+        """All experts, in the order in which bytes that are still to come are asked for."""
+        use = self.ladder.use
+        return sorted(self.pack.manifest.expert_ids, key=lambda expert: -use[expert.layer][expert.expert])
+
     def _prefetcher(self, foresight: Foresight) -> Prefetcher | None:
         """What reads ahead by `foresight`, or by another predictor that proves better; None without any."""
         if not foresight:
@@ -358,9 +364,8 @@ class Loader:
             ledger = Ledger(prices, options.max_loss, manifest.routing_price)
             prefetcher = self._prefetcher(foresight or {}) if streams else None
             serving = Serving(manifest, cache, plan, ledger, prefetcher=prefetcher, early=self.pack.remote)
-            most_used = sorted(manifest.expert_ids, key=lambda expert: -self.ladder.use[expert.layer][expert.expert])
             if plan.floor is not None:
-                ways = [serving.way(*expert, plan.floor) for expert in most_used]
+                ways = [serving.way(*expert, plan.floor) for expert in self.most_used]
                 cache.hold(list(dict.fromkeys(blob for way in ways for blob in way.blobs)))
             maths = self._maths(model)
             serving.remote = self._remote(maths[0])
@@ -372,7 +377,7 @@ class Loader:
             handle = Comoe(self.pack, serving, self.options.context, promise, earlier_peak)
             object.__setattr__(model, "comoe", handle)
             if self.pack.remote and plan.floor is not None:
-                cache.prefetch([serving.way(*expert, plan.target).blobs for expert in most_used])
+                cache.prefetch([serving.way(*expert, plan.target).blobs for expert in self.most_used])
             on_failure.pop_all()  # from here on the handle closes the cache
         return model
 
