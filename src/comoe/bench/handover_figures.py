@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from statistics import median
 from typing import Any
 
+from comoe.bench.network_figures import figure_table
 from comoe.bench.rows import Row
 
 DRIVE, FAULT = "drive", "fault"
@@ -50,10 +51,7 @@ def _lines(document: dict[str, Any]) -> Iterator[str]:
     yield f"Made by `comoe bench handover` {told['comoe']}: recorded drives past {told['edges']} edge nodes. Sessions "
     yield f"are exact; a device holds {told['capacity_share']:.0%} of the experts' bytes, and what misses runs on the "
     yield f"node that serves. Announcements name {told['hot_share']:.0%} of the experts at most.\n"
-    yield "| figure | |\n|---|---|"
-    names = [name for name, value in document.items() if isinstance(value, int | float) and not isinstance(value, bool)]
-    yield from (f"| {name} | {document[name]:.3g} |" for name in names)
-    yield ""
+    yield from figure_table(document)
     for model in document["models"]:
         mine = [row for row in document["rows"] if row["model"] == model]
         yield f"## {model}\n"

@@ -89,15 +89,20 @@ def _lines(document: dict[str, Any]) -> Iterator[str]:
     yield "text was likely, over how likely the exact model finds it, and nothing where it loses more than "
     yield f"{percent(told['max_loss'])}. A reader takes {1 / told['reader_s']:g} tokens a second at most, memory holds "
     yield f"{told['share']:.0%} of the experts' bytes, a round trip is {1e3 * told['rtt_s']:g} ms.\n"
-    yield "| figure | |\n|---|---|"
-    names = [name for name, value in document.items() if isinstance(value, int | float) and not isinstance(value, bool)]
-    yield from (f"| {name} | {document[name]:.3g} |" for name in names)
-    yield ""
+    yield from figure_table(document)
     for model in document["models"]:
         mine = [row for row in document["rows"] if row["model"] == model]
         yield f"## {model}\n"
         yield from _windows([row for row in mine if row["kind"] == WINDOW])
         yield from (line for row in mine if row["kind"] == FALL for line in _fall(row))
+
+
+def figure_table(document: dict[str, Any]) -> Iterator[str]:
+    """A document's own numbers, a line each."""
+    yield "| figure | |\n|---|---|"
+    names = [name for name, value in document.items() if isinstance(value, int | float) and not isinstance(value, bool)]
+    yield from (f"| {name} | {document[name]:.3g} |" for name in names)
+    yield ""
 
 
 def _windows(rows: Sequence[Row]) -> Iterator[str]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Option
 
-from comoe.cli.options import CacheFolder, CacheSize, Threads, TokenFile, access
+from comoe.cli.options import CacheFolder, CacheSize, Threads, TokenFile, access, token_in
 from comoe.cli.terminal import say
 from comoe.device import process
 from comoe.device.memory import check_possible, default_memory
@@ -70,7 +70,7 @@ def command(
     from comoe.serve.metrics import Metrics
     from comoe.serve.shelf import Shelf
 
-    token, tls = read_token(token_file) if token_file else None, tls_of(cert, key)
+    token, tls = own_token(token_file) if token_file else None, tls_of(cert, key)
     cores = threads or len(os.sched_getaffinity(0))
     limits, metrics = Limits(requests=max_requests, threads=cores, drain_s=drain_seconds), Metrics()
     listener = listener_of(listen)
@@ -95,12 +95,9 @@ def opened(places: Sequence[str], reach: Access) -> dict[str, Pack]:
     return {name: open_pack(place, access=reach) for name, place in zip(names, places, strict=True)}
 
 
-def read_token(path: Path) -> str:
-    """The token in a file, without white space around it. Raises UsageError where there is none."""
-    try:
-        token = path.read_text("ascii").strip()
-    except (OSError, UnicodeError) as error:
-        raise UsageError(f"{path}: no token can be read from it: {error}.") from error
+def own_token(path: Path) -> str:
+    """The token that devices must know. Raises UsageError where the file has none that is fit to guard anything."""
+    token = token_in(path)
     if len(token) < MIN_TOKEN_CHARS or not token.isprintable() or " " in token:
         raise UsageError(f"{path}: a token has at least {MIN_TOKEN_CHARS} characters, and no spaces in it.")
     return token

@@ -114,14 +114,17 @@ PolicyName = Annotated[
 ]
 
 
+def token_in(file: Path) -> str:
+    """The token in a file, without white space around it. Raises UsageError where it cannot be read."""
+    try:
+        return file.read_text("ascii").strip()
+    except (OSError, UnicodeError) as error:
+        raise UsageError(f"{file}: no token can be read from it: {error}.") from error
+
+
 def access(cache: Path | None, cache_size: str | None, token_file: Path | None, link: str | None) -> Access:
     """The flags taken together. Raises UsageError."""
-    token = os.environ.get("COMOE_TOKEN")
-    if token_file is not None:
-        try:
-            token = token_file.read_text("utf-8").strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"{token_file} cannot be read: {error}.") from error
+    token = os.environ.get("COMOE_TOKEN") if token_file is None else token_in(token_file)
     nbytes = parse_size(cache_size) if cache_size is not None else None
     return Access(cache, nbytes, token, link=parse_link(link) if link is not None else None)
 
