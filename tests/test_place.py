@@ -14,7 +14,7 @@ import pytest
 from commands import Comoe, document
 from moto import server as moto
 from obstore.store import S3Store
-from webs import Web, serving
+from webs import Web, free_port, serving
 
 from comoe.net import origin
 from comoe.net.address import Access, is_url
@@ -99,12 +99,6 @@ def test_a_server_that_goes_away_in_mid_run_ends_an_exact_run_in_one_sentence(
     words = ("--prompt", "a", "--max-new-tokens", "100", "--ignore-eos", "--expert-memory", "30%", "--cache-size", "0")
     result = comoe("run", web.url, *words)
     assert result.code == 5 and web.url in result.sentence
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def await_port(port: int) -> None:

@@ -7,16 +7,11 @@ from contextlib import contextmanager, suppress
 from threading import Event, Thread
 from time import perf_counter
 
+from webs import free_port
+
 from comoe.testbed.relay import Way, relay
 
 RTT_S = 0.1
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port: int = one.getsockname()[1]
-        return port
 
 
 @contextmanager
