@@ -207,10 +207,12 @@ def test_the_first_answer_comes_early_and_gets_better_as_bytes_come(web: Web, tm
         assert rates[0] > 0.3 and rates[-1] == 0
 
 
-def test_without_a_link_answers_come_from_the_floor_as_far_as_the_bound_allows(web: Web, tmp_path: Path) -> None:
+def test_without_a_link_answers_come_from_the_floor_as_far_as_the_bound_allows(
+    web: Web, published: Path, tmp_path: Path
+) -> None:
     import torch
 
-    from comoe.runtime.load import Loader, Options
+    from comoe.runtime.load import Loader, Options, load
 
     ids = torch.arange(12)[None]
     loader = Loader(RemotePack(web.url, Access(tmp_path / "cache", 0)), Options(5.0, 64, prefetch="off"))
@@ -224,6 +226,10 @@ def test_without_a_link_answers_come_from_the_floor_as_far_as_the_bound_allows(w
         stats = handle.stats()
         assert stats["link_failures"] > 0 and stats["floor_rate"] > 0.5
         assert stats["loss_ledger"] <= 5.0
+        known = load(published, expert_memory="500%", max_loss=5.0, prefetch="off")
+        with known.comoe as other:
+            known.generate(ids, max_new_tokens=1, do_sample=False)
+            assert serving.ledger.prompt.total == pytest.approx(other._serving.ledger.prompt.total, rel=0.02)
         serving.ledger.bound = -1.0
         with pytest.raises(RemoteUnavailable):
             model.generate(ids, max_new_tokens=40, do_sample=False)
