@@ -27,7 +27,8 @@ from comoe.make.text import windows
 from comoe.plan.pin import Pin
 from comoe.runtime.bias import routers
 from comoe.runtime.generate import quiet_transformers, tokenizer_of
-from comoe.runtime.load import Loader, Options
+from comoe.runtime.load import Loader
+from comoe.runtime.options import Options
 from comoe.store.decisions import identity
 from comoe.store.manifest import read_manifest
 from comoe.store.pack import Pack

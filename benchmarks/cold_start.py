@@ -34,7 +34,8 @@ from comoe.make.text import windows
 from comoe.net.address import Access
 from comoe.plan.early import early
 from comoe.runtime.generate import Sampling, generate, prompt_ids, quiet_transformers, tokenizer_of
-from comoe.runtime.load import Loader, Options, load
+from comoe.runtime.load import Loader, load
+from comoe.runtime.options import Options
 from comoe.store.decisions import identity
 from comoe.store.manifest import read_manifest
 from comoe.store.pack import Pack

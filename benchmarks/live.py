@@ -30,7 +30,8 @@ from comoe.make.text import windows
 from comoe.plan.ladder import Ladder, ladder_of
 from comoe.plan.pin import Pin, smallest
 from comoe.runtime.generate import quiet_transformers, tokenizer_of
-from comoe.runtime.load import Loader, Options, load
+from comoe.runtime.load import Loader, load
+from comoe.runtime.options import Options
 from comoe.store.decisions import identity, read_decisions, write_decisions
 from comoe.store.manifest import read_manifest
 from comoe.store.pack import Pack

@@ -28,7 +28,8 @@ from comoe.make.recipe import Recipe
 from comoe.make.shared import Sharing
 from comoe.plan.ladder import ladder_of
 from comoe.runtime import experts
-from comoe.runtime.load import Loader, Options
+from comoe.runtime.load import Loader
+from comoe.runtime.options import Options
 from comoe.store.checkpoint import Checkpoint
 from comoe.store.families import experts_modules
 from comoe.store.layout import PAGE, align

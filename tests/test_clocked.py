@@ -13,7 +13,8 @@ from comoe.make.trace import Turn, record, turns
 from comoe.memory.policy import POLICIES
 from comoe.plan.pin import Pin
 from comoe.runtime.generate import tokenizer_of
-from comoe.runtime.load import Loader, Options
+from comoe.runtime.load import Loader
+from comoe.runtime.options import Options
 from comoe.sim.reader import Times
 from comoe.sim.replay import Cell, reading_ahead, replay
 from comoe.store.foresight import read_foresight

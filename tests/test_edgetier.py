@@ -17,8 +17,9 @@ from sweep import Subject
 
 from comoe.forms.plain import PlainMath
 from comoe.net.remote_run import Node
-from comoe.runtime.edgetier import open_links
-from comoe.runtime.load import Loader, Options, load
+from comoe.runtime.edgetier import known_answer, open_links
+from comoe.runtime.load import Loader, load
+from comoe.runtime.options import Options
 from comoe.store.pack import Pack
 from comoe.types import RemoteUnavailable, UsageError
 
@@ -62,7 +63,7 @@ def test_what_misses_is_run_by_the_node_and_the_answer_is_the_same_to_the_bit(
 
 def test_a_node_that_is_slower_than_reading_runs_nothing(packed: Path, expected: list[int]) -> None:
     with running(packed) as edge, served(packed, edge, read_s=0.0) as model:
-        link = model.comoe._serving.remote._links[0]
+        link = model.comoe._serving.remote._links[edge.url]
         link.exchange_s = 10.0
         assert greedy(model, NUM_TOKENS) == expected
         assert model.comoe.stats()["edge_runs"] == 0
@@ -94,7 +95,7 @@ def test_a_node_that_is_killed_stalled_or_stopped_does_not_change_the_answer(
         hook.remove()
         stats = model.comoe.stats()
         assert stats["edge_failures"] >= 1 and stats["edge_runs"] > 0
-        assert model.comoe._serving.remote._links[0].failures >= 1
+        assert model.comoe._serving.remote._links[edge.url].failures >= 1
 
 
 def test_a_second_node_takes_over(packed: Path, expected: list[int]) -> None:
@@ -137,7 +138,8 @@ def test_a_node_is_right_to_the_bit_or_nearly(packed: Path, exact: bool, answers
     with running(packed) as edge:
         pack = Pack(packed)
         plain = PlainMath(pack.manifest.site(0), "silu", True)
-        (link,) = open_links([Node(edge.url)], pack, plain, exact, perf_counter)
+        node = Node(edge.url)
+        (link,) = open_links([node], [node], pack, known_answer(pack, plain, exact=exact), perf_counter)
         link.known = link.known._replace(answer=link.known.answer * np.float32(answers))
         if right:
             assert len(link.ask().answer.y) == 1

@@ -9,7 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from comoe.make.export import export
-from comoe.runtime.load import Loader, Options
+from comoe.runtime.load import Loader
+from comoe.runtime.options import Options
 from comoe.store.pack import Pack
 from comoe.store.profile import PROFILE
 from comoe.types import UsageError

@@ -14,7 +14,8 @@ from comoe.make.recipe import Recipe
 from comoe.plan.cost import Costs
 from comoe.plan.ladder import Band, ladder_of
 from comoe.plan.planner import Plan, Planner, uniform
-from comoe.runtime.load import Loader, Options, load
+from comoe.runtime.load import Loader, load
+from comoe.runtime.options import Options
 from comoe.store.manifest import read_manifest
 from comoe.store.pack import Pack
 from comoe.types import BlobId, CorruptBlob, DoesNotFit, RemoteUnavailable, UsageError

@@ -212,7 +212,8 @@ def test_without_a_link_answers_come_from_the_floor_as_far_as_the_bound_allows(
 ) -> None:
     import torch
 
-    from comoe.runtime.load import Loader, Options, load
+    from comoe.runtime.load import Loader, load
+    from comoe.runtime.options import Options
 
     ids = torch.arange(12)[None]
     loader = Loader(RemotePack(web.url, Access(tmp_path / "cache", 0)), Options(5.0, 64, prefetch="off"))

@@ -27,7 +27,8 @@ from comoe.plan.ledger import Ledger
 from comoe.plan.missrule import MissRule
 from comoe.plan.planner import uniform
 from comoe.runtime.generate import tokenizer_of
-from comoe.runtime.load import Loader, Options, load
+from comoe.runtime.load import Loader, load
+from comoe.runtime.options import Options
 from comoe.sim.belady import Belady, belady
 from comoe.sim.reader import Times
 from comoe.sim.replay import Cell, Replayed, replay

@@ -29,7 +29,8 @@ from comoe.make.text import windows
 from comoe.runtime import experts as runtime
 from comoe.runtime.experts import KERNEL_TOKENS, SiteMath
 from comoe.runtime.generate import tokenizer_of
-from comoe.runtime.load import Loader, Options
+from comoe.runtime.load import Loader
+from comoe.runtime.options import Options
 from comoe.store.families import experts_modules
 from comoe.store.manifest import FORM_PARTS, LayerEntry
 from comoe.store.pack import Pack

@@ -21,7 +21,8 @@ from comoe.make.text import windows
 from comoe.make.trace import CONTEXT, record
 from comoe.memory.policy import POLICIES
 from comoe.memory.prefetch import PREFETCHES
-from comoe.runtime.load import Loader, Options
+from comoe.runtime.load import Loader
+from comoe.runtime.options import Options
 from comoe.sim.belady import belady
 from comoe.sim.replay import Cell, reading_ahead, replay
 from comoe.store.foresight import Foresight, read_foresight

@@ -27,7 +27,8 @@ from comoe.make.trace import CONTEXT, Turn, record, turns
 from comoe.memory.residency import Group
 from comoe.plan.ladder import Ladder, ladder_of
 from comoe.plan.pin import Pin
-from comoe.runtime.load import Loader, Options
+from comoe.runtime.load import Loader
+from comoe.runtime.options import Options
 from comoe.sim.reader import Times
 from comoe.sim.replay import GroupOf
 from comoe.store.foresight import Foresight, read_foresight

@@ -34,7 +34,8 @@ from comoe.make.recipe import Recipe
 from comoe.make.trace import CONTEXT, turns
 from comoe.plan.ladder import Ladder, ladder_of
 from comoe.plan.stream import MISSES, LinkFollower, LinkPlan, Pace, Reads, Streaming, forms_of
-from comoe.runtime.load import Loader, Options
+from comoe.runtime.load import Loader
+from comoe.runtime.options import Options
 from comoe.runtime.recorder import recording
 from comoe.sim.network import STEP_S, Air, Controller, Outcome, Session, decoded
 from comoe.sim.pilots import FETCH_ON_MISS, REMOTE_ONLY, Knowing, Live, Static, Watched

@@ -9,7 +9,8 @@ from comoe.bench.material import Material, Scope
 from comoe.bench.subject import Subject
 from comoe.make.protocol import Evaluation
 from comoe.make.recipe import Recipe
-from comoe.runtime.load import Loader, Options
+from comoe.runtime.load import Loader
+from comoe.runtime.options import Options
 from comoe.store.pack import Pack
 
 CONTEXT = 512

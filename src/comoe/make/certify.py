@@ -10,7 +10,8 @@ from torch import Tensor
 from comoe.make.protocol import Evaluation
 from comoe.make.score import Loss, Score, compare
 from comoe.runtime.generate import tokenizer_of
-from comoe.runtime.load import Loader, Options
+from comoe.runtime.load import Loader
+from comoe.runtime.options import Options
 from comoe.store.manifest import Certificate
 from comoe.store.pack import Pack
 

@@ -12,7 +12,8 @@ from comoe.make.pack import pack
 from comoe.make.recipe import Recipe, Report
 from comoe.plan.planner import Plan, frontier
 from comoe.runtime.generate import Answer, Sampling, generate, prompt_ids, tokenizer_of
-from comoe.runtime.load import Loader, Options
+from comoe.runtime.load import Loader
+from comoe.runtime.options import Options
 from comoe.store.pack import Pack
 from comoe.store.shipped import calibration_files, demo_checkpoint, sample_files
 from comoe.types import Progress

@@ -18,7 +18,8 @@ from comoe.make.protocol import Evaluation
 from comoe.make.score import Score, compare
 from comoe.runtime.bias import Answer, Router, moved, routers
 from comoe.runtime.generate import tokenizer_of
-from comoe.runtime.load import Loader, Options
+from comoe.runtime.load import Loader
+from comoe.runtime.options import Options
 from comoe.store.manifest import LayerEntry
 from comoe.store.pack import Pack
 from comoe.types import UsageError

@@ -13,7 +13,8 @@ from comoe.make.measure import Measured, measure, sample_windows
 from comoe.memory.arena import page_buffer
 from comoe.plan.planner import Plan
 from comoe.runtime.generate import tokenizer_of
-from comoe.runtime.load import Loader, Options
+from comoe.runtime.load import Loader
+from comoe.runtime.options import Options
 from comoe.store.checkpoint import model_class, read_config
 from comoe.store.families import experts_modules, is_decorated
 from comoe.store.pack import Pack

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from time import monotonic, sleep
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import obstore
@@ -21,40 +21,52 @@ from comoe.net.breaker import FAILURES, Breaker, Throttle
 from comoe.store.manifest import Manifest
 from comoe.types import PackError, RemoteUnavailable, UsageError
 
-CONNECT_S, SILENT_S = 3.0, 20.0
-"""How long a node may take to be reached, and to answer a request in full."""
+BACKOFF_S = 0.2
+"""Before a request that is tried again a random wait of up to so long, twice as long each time."""
 
-ATTEMPTS, BACKOFF_S = FAILURES, 0.2
-"""So many requests in a row may bring nothing; before each but the first a random wait, twice as long each time."""
-
-BUSY_ATTEMPTS, BUSY = 8, "429 Too Many Requests"
-"""So many in a row may be refused by a node that is busy, which is no failure of its."""
+BUSY = "429 Too Many Requests"
+"""What a node says that is busy, which is no failure of its."""
 
 CHUNK_BYTES = 16 * 1024
 HEAD_BYTES = 32 * 1024
 MEASURED_BYTES = 256 * 1024
 
 
+class Leash(NamedTuple):
+    """How long a node may take to be reached, to send a byte more (None: any time) and to answer a request in full; and
+    how many requests in a row may bring nothing, or be refused since it is busy."""
+
+    connect_s: float = 3.0
+    silent_s: float | None = None
+    whole_s: float = 20.0
+    attempts: int = FAILURES
+    busy_attempts: int = 8
+
+
+ONLY = Leash()
+"""Of a node beside which there is no other."""
+
+
 class Origin:
     """The folder of files at `url`. Several threads may read at once.
 
-    No more comes than `access` says that the link carries.
+    No more comes than `access` says that the link carries; `leash` is for nodes that may not answer.
     """
 
-    def __init__(self, url: str, access: Access) -> None:
+    def __init__(self, url: str, access: Access, leash: Leash = ONLY) -> None:
         if not is_url(url) or not urlsplit(url).netloc:
             raise UsageError(
                 f"{url!r} is no address of a pack: give one such as https://host/pack or s3://bucket/pack."
             )
         self.url, self.tier = url.rstrip("/"), "origin"
-        self._store = _store(self.url, access)
+        self._store, self._leash = _store(self.url, access, leash), leash
         self._breaker, self._why = Breaker(monotonic), ""
         self._throttle = Throttle(access.link[0], monotonic, sleep) if access.link else None
 
     def fetch(self, name: str, start: int, into: memoryview) -> None:
         """Fill `into` from byte `start` of the file `name`. Raises RemoteUnavailable, PackError, UsageError."""
         at = 0
-        for chunk in self._stream(name, start, start + len(into)):
+        for chunk in self.stream(name, start, start + len(into)):
             into[at : at + len(chunk)] = chunk
             at += len(chunk)
 
@@ -68,7 +80,7 @@ class Origin:
     def head(self, name: str, nbytes: int = HEAD_BYTES) -> tuple[bytes, int]:
         """The first bytes of a file, and how many it has."""
         found, size = bytearray(), [0]
-        for chunk in self._stream(name, 0, nbytes, size):
+        for chunk in self.stream(name, 0, nbytes, size):
             found += chunk
         return bytes(found), size[0]
 
@@ -90,14 +102,17 @@ class Origin:
         with part.open("ab") as file:
             if file.tell() > size:
                 file.truncate(0)
-            for chunk in self._stream(name, file.tell(), size):
+            for chunk in self.stream(name, file.tell(), size):
                 file.write(chunk)
             file.flush()
             os.fsync(file.fileno())
         part.replace(to)
 
-    def _stream(self, name: str, start: int, end: int | None, size: list[int] | None = None) -> Iterator[memoryview]:
-        """The bytes from `start` to `end`, or to the file's end where it comes first; `size` gets the file's size."""
+    def stream(self, name: str, start: int, end: int | None, size: list[int] | None = None) -> Iterator[memoryview]:
+        """The bytes from `start` to `end`, or to the file's end where it comes first; `size` gets the file's size.
+
+        Raises RemoteUnavailable, PackError, UsageError.
+        """
         at, attempts = start, 0
         while end is None or at < end:
             self._refuse_while_open()
@@ -117,7 +132,7 @@ class Origin:
             except (errors.BaseError, OSError) as error:
                 busy = self._judge(name, error)
                 attempts += 1
-                if attempts == (BUSY_ATTEMPTS if busy else ATTEMPTS):
+                if attempts == (self._leash.busy_attempts if busy else self._leash.attempts):
                     raise RemoteUnavailable(f"{self.url} does not answer: {_reason(error)}.") from error
                 sleep(random.uniform(0, BACKOFF_S * 2**attempts))
 
@@ -141,14 +156,17 @@ class Origin:
         return False
 
 
-def _store(url: str, access: Access) -> Any:
+def _store(url: str, access: Access, leash: Leash) -> Any:
     """obstore's client of the folder at `url`; for a bucket keys and endpoint come from AWS_* as for its own tools."""
     headers = {"Authorization": f"Bearer {access.token}"} if access.token else {}
-    client: dict[str, Any] = {"connect_timeout": timedelta(seconds=CONNECT_S), "timeout": timedelta(seconds=SILENT_S)}
+    whole = timedelta(seconds=leash.whole_s)
+    client: dict[str, Any] = {"connect_timeout": timedelta(seconds=leash.connect_s), "timeout": whole}
+    if leash.silent_s is not None:
+        client["read_timeout"] = timedelta(seconds=leash.silent_s)
     client |= {"allow_http": True, "default_headers": headers, "user_agent": "comoe"}
     if access.ca is not None:
         client["root_certificate"] = access.ca
-    retries: Any = {"max_retries": 0, "retry_timeout": timedelta(seconds=SILENT_S)}  # `Origin` tries again itself
+    retries: Any = {"max_retries": 0, "retry_timeout": whole}  # `Origin` tries again itself
     try:
         return from_url(url, client_options=client, retry_config=retries)  # type: ignore[call-overload]
     except (errors.BaseError, ValueError) as error:

@@ -1,10 +1,16 @@
 """Where a pack is, a folder or an address. The client of addresses is imported when one is given."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from comoe.net.address import Access, is_url
+from comoe.net.remote_run import Node, manifest_hash
 from comoe.store.manifest import Manifest
 from comoe.store.pack import Pack
+
+if TYPE_CHECKING:
+    from comoe.net.nodes import EdgeNodes
 
 
 def open_pack(where: str | Path, source: Path | None = None, access: Access | None = None) -> Pack:
@@ -36,3 +42,17 @@ def reading_of(where: str, access: Access, manifest: Manifest) -> tuple[float, f
     from comoe.net.origin import Origin
 
     return Origin(where, access).measured(manifest)
+
+
+def open_nodes(nodes: Sequence[Node], pack: Pack, link: tuple[float, float] | None) -> "EdgeNodes":
+    """Edge nodes that may serve a pack; one behind a URL is read from them, too. Raises RemoteUnavailable, UsageError.
+
+    No more comes than `link` carries: bytes per second, seconds of round trip.
+    """
+    from comoe.net.nodes import EdgeNodes
+    from comoe.net.remote import RemotePack
+
+    found = EdgeNodes(nodes, manifest_hash(pack.folder), link)
+    if isinstance(pack, RemotePack):
+        pack.nodes = found
+    return found

@@ -5,24 +5,25 @@ from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from time import perf_counter
 from urllib.parse import urlsplit
 
+from comoe.net.health import MOST_NBYTES, PATH, folder_in
 from comoe.types import RemoteUnavailable, UsageError
-
-PATH = "/health"
-MOST_NBYTES = 65536
-"""Of an answer, what is read."""
 
 
 class Probe:
     """Asks the node at `url`, `http(s)://host[:port][/prefix]`, for its health. UsageError for anything else.
 
+    `identity` is the SHA-256 of the manifest of a pack that it must serve, None for any; `folder` is then where.
     `context` says which certificates of https are trusted; None: those that the system trusts.
     """
 
-    def __init__(self, url: str, timeout_s: float, context: ssl.SSLContext | None = None) -> None:
+    def __init__(
+        self, url: str, timeout_s: float, identity: str | None = None, context: ssl.SSLContext | None = None
+    ) -> None:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise UsageError(f"{url!r} is no edge node: name it as http://host:port or https://host:port.")
-        self.url, self._timeout_s, self._context = url, timeout_s, context
+        self.url, self._timeout_s, self._identity, self._context = url, timeout_s, identity, context
+        self.folder = ""
         self._secure, self._host, self._port = parts.scheme == "https", parts.hostname, parts.port
         self._connection: HTTPConnection | None = None
 
@@ -57,7 +58,9 @@ class Probe:
         self._connection.request("GET", PATH)
         answer = self._connection.getresponse()
         took_s = perf_counter() - start_s
-        answer.read(MOST_NBYTES)
+        data = answer.read(MOST_NBYTES)
         if answer.status != 200 or not answer.isclosed():
             raise HTTPException(f"status {answer.status}, or an answer without an end")
+        if self._identity is not None:
+            self.folder = folder_in(data, self._identity, self.url)
         return took_s

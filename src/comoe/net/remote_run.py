@@ -6,13 +6,14 @@ Files of packs come another way; when to run remotely is `plan.missrule`'s.
 import http.client
 import json
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, NamedTuple
-from urllib.parse import SplitResult, quote, urlsplit
+from typing import NamedTuple
+from urllib.parse import SplitResult, urlsplit
 
+from comoe.net.health import MOST_NBYTES, PATH, folder_in
 from comoe.net.wire import (
     IDENTITY_BYTES,
     MAX_BYTES,
@@ -25,7 +26,9 @@ from comoe.store.manifest import MANIFEST
 from comoe.types import HostileMessage, RemoteUnavailable, UsageError
 
 CONNECT_S = 5.0
-MAX_HEALTH_BYTES = 1 << 20
+HotExpert = tuple[int, int, str]
+"""Layer, expert, form."""
+
 STALE = (http.client.RemoteDisconnected, BrokenPipeError, ConnectionResetError)
 """What a connection that its node closed meanwhile says when it is used again."""
 
@@ -42,6 +45,13 @@ class Node:
     def __post_init__(self) -> None:
         if not _is_node(urlsplit(self.url)):
             raise UsageError(f"{self.url!r} is no edge node: write for example http://192.168.1.2:8600.")
+
+    def trust(self) -> ssl.SSLContext:
+        """Which certificates of https are trusted."""
+        context = ssl.create_default_context()
+        if self.ca is not None:
+            context.load_verify_locations(cadata=self.ca.decode("ascii"))
+        return context
 
 
 class Timed(NamedTuple):
@@ -63,7 +73,7 @@ class RemoteRun:
         self._node, self._hash, self._clock = node, manifest_hash, clock
         self._parts = urlsplit(node.url)
         self._connection: http.client.HTTPConnection | None = None
-        self._path = ""
+        self._found = ""
 
     @property
     def url(self) -> str:
@@ -76,11 +86,9 @@ class RemoteRun:
 
     def run(self, request: RunRequest) -> Timed:
         """The outputs of a request's uses."""
-        if not self._path:
-            self._path = self._find()
-        body = encode_request(request)
+        path, body = f"{self._folder()}/run", encode_request(request)
         start_s = self._clock()
-        data = self._exchange("POST", self._path, body, 2 * MAX_BYTES)
+        data = self._exchange("POST", path, body, 2 * MAX_BYTES)
         seconds = self._clock() - start_s
         try:
             answer = decode_answer(data)
@@ -90,28 +98,21 @@ class RemoteRun:
             raise RemoteUnavailable(f"{self._node.url} answered something else than was asked.")
         return Timed(answer, seconds, len(body) + len(data))
 
-    def health(self) -> dict[str, Any]:
-        """What the node says of itself."""
-        data = self._exchange("GET", "/health", None, MAX_HEALTH_BYTES)
-        try:
-            found = json.loads(data)
-            if isinstance(found, dict) and isinstance(found.get("packs"), dict):
-                return found
-        except (ValueError, RecursionError):
-            pass
-        raise RemoteUnavailable(f"{self._node.url} is no edge node: it has no health to tell.")
+    def announce(self, experts: Sequence[HotExpert]) -> None:
+        """Tell the node what will be wanted soon, the likeliest first."""
+        self._exchange("POST", f"{self._folder()}/hot", json.dumps({"experts": experts}).encode(), MAX_BYTES)
 
     def close(self) -> None:
         if self._connection is not None:
             self._connection.close()
             self._connection = None
 
-    def _find(self) -> str:
-        """Where the node runs experts of this pack. Raises RemoteUnavailable where it has another."""
-        names = [name for name, identity in self.health()["packs"].items() if identity == self._hash]
-        if not names:
-            raise RemoteUnavailable(f"{self._node.url} does not serve this pack: start `comoe edge` with the same one.")
-        return f"/packs/{quote(str(names[0]), safe='')}/run"
+    def _folder(self) -> str:
+        """Where the node has this pack. Raises RemoteUnavailable where it has another."""
+        if not self._found:
+            health = self._exchange("GET", PATH, None, MOST_NBYTES)
+            self._found = folder_in(health, self._hash, self._node.url)
+        return self._found
 
     def _exchange(self, method: str, path: str, body: bytes | None, most: int) -> bytes:
         """One request; once more on a new connection where the node had closed the old one."""
@@ -134,7 +135,7 @@ class RemoteRun:
         connection.request(method, path, body, headers)
         response = connection.getresponse()
         data = response.read(most + 1)
-        if response.status == 200 and len(data) <= most:
+        if response.status in (200, 202) and len(data) <= most:
             return data
         if not response.isclosed():  # more than any answer
             self.close()
@@ -145,11 +146,8 @@ class RemoteRun:
     def _connect(self) -> http.client.HTTPConnection:
         host, port = self._parts.hostname or "", self._parts.port
         if self._parts.scheme == "https":
-            context = ssl.create_default_context()
-            if self._node.ca is not None:
-                context.load_verify_locations(cadata=self._node.ca.decode("ascii"))
             connection: http.client.HTTPConnection = http.client.HTTPSConnection(
-                host, port, timeout=CONNECT_S, context=context
+                host, port, timeout=CONNECT_S, context=self._node.trust()
             )
         else:
             connection = http.client.HTTPConnection(host, port, timeout=CONNECT_S)

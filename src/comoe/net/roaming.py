@@ -51,7 +51,9 @@ class Roaming:
         self._links = {node: Link() for node in self._probes}
         self._meters = {node: Meter(link) for node, link in self._links.items()}
         self._machine = Handover(rule, history or NextNode())
-        self._lock, self._closing = Lock(), Flag()
+        self._problems: dict[str, RemoteUnavailable] = {}
+        self._unasked = set(self._probes)
+        self._lock, self._closing, self._asked = Lock(), Flag(), Flag()
         self._threads = [Thread(target=self._watch, args=(node,), daemon=True) for node in self._probes]
 
     def start(self) -> "Roaming":
@@ -59,6 +61,18 @@ class Roaming:
         for thread in self._threads:
             thread.start()
         return self
+
+    def first(self, timeout_s: float) -> None:
+        """Wait until every node was asked once. Raises RemoteUnavailable where none that was answers."""
+        self._asked.wait(timeout_s)
+        with self._lock:
+            if not self.there and self._problems:
+                raise next(iter(self._problems.values()))
+
+    @property
+    def there(self) -> list[str]:
+        """The nodes whose last probe was answered."""
+        return [node for node in self._probes if node not in self._unasked and node not in self._problems]
 
     def close(self) -> None:
         """Stop probing; idempotent."""
@@ -126,13 +140,18 @@ class Roaming:
         while not self._closing.is_set():
             try:
                 rtt_s = probe.ask()
-            except RemoteUnavailable:
+            except RemoteUnavailable as error:
                 with self._lock:
+                    self._problems[node] = error
                     link.failed()
             else:
                 with self._lock:
+                    self._problems.pop(node, None)
                     link.probed(rtt_s, self._clock())
             self._tick()
+            self._unasked.discard(node)
+            if not self._unasked:
+                self._asked.set()
             self._closing.wait(PERIOD_S)
 
     def _tick(self) -> None:

@@ -1,13 +1,16 @@
 """Experts that an edge node runs for a model, while the device reads others: one more way to serve a miss.
 
-When that is worth it is `plan.missrule`'s, the exchange `net.remote_run`'s. A node is used only where its answer to a
-known question was right, and left alone for a while after each failure: then the device reads, as ever.
+When that is worth it is `plan.missrule`'s, which node serves `net.nodes`', the exchange `net.remote_run`'s. A node is
+used only where its answer to a known question was right, and left alone for a while after each failure: then the
+device reads, as ever.
 """
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as Late
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from math import inf
 from statistics import median
 from typing import NamedTuple
 
@@ -62,16 +65,20 @@ class Known(NamedTuple):
 
 @dataclass(slots=True)
 class Link:
-    """A node, and what exchanges with it take: `exchange_s` beside the `run_s` of each use. `thread` talks to it."""
+    """A node, and what exchanges with it take: `exchange_s` beside the `run_s` of each use. `thread` talks to it.
+
+    It runs nothing before it was `measured`, and so found right.
+    """
 
     remote: RemoteRun
     known: Known
     thread: ThreadPoolExecutor
     exchange_s: float = 0.0
     run_s: float = 0.0
+    measured: bool = False
     failures: int = 0
-    rests_until_s: float = 0.0
-    heard_s: float = 0.0
+    rests_until_s: float = -inf
+    heard_s: float = -inf
 
     def learn(self, timed: Timed, uses: int, now_s: float) -> None:
         """Take an exchange into account."""
@@ -93,6 +100,25 @@ class Link:
             )
         return timed
 
+    def measure(self, clock: Callable[[], float]) -> None:
+        """What exchanges take. Raises RemoteUnavailable where the node is not there, or wrong."""
+        self.ask()  # its blobs may have to be read first
+        found = [self.ask() for _ in range(PROBES)]
+        self.exchange_s = median(max(0.0, timed.seconds - timed.answer.seconds) for timed in found)
+        self.run_s = median(timed.answer.seconds for timed in found)
+        self.measured = True
+        self.heard(clock())
+
+    def again(self, clock: Callable[[], float]) -> None:
+        """Is the node there, right, and how quick?"""
+        try:
+            if self.measured:
+                self.learn(self.ask(), 1, clock())
+            else:
+                self.measure(clock)
+        except ComoeError:
+            self.failed(clock())
+
     def close(self) -> None:
         """Waits for an exchange that is under way."""
         self.thread.shutdown(cancel_futures=True)
@@ -101,6 +127,10 @@ class Link:
     def failed(self, now_s: float) -> None:
         self.rests_until_s = now_s + min(LONGEST_REST_S, REST_S * 2**self.failures)
         self.failures += 1
+
+    def met(self) -> None:
+        """The node serves from now on: it is asked the known question at once."""
+        self.rests_until_s = self.heard_s = -inf
 
 
 @dataclass(slots=True)
@@ -123,23 +153,28 @@ class Sent:
 
 
 class RemoteTier:
-    """The edge nodes of a model, known to be right. One thread calls; each node has one that talks to it.
+    """The edge nodes of a model, of which the one of the URL `serving` runs experts. One thread calls.
 
-    `byte_s` says what reading a byte here takes, None while that is unknown.
+    Each node has a thread that talks to it. `byte_s` says what reading a byte here takes, None while that is unknown.
     """
 
     def __init__(
-        self, links: Sequence[Link], manifest: Manifest, byte_s: Callable[[], float | None], clock: Callable[[], float]
+        self,
+        links: Sequence[Link],
+        serving: Callable[[], str | None],
+        manifest: Manifest,
+        byte_s: Callable[[], float | None],
+        clock: Callable[[], float],
     ) -> None:
-        self._links, self._byte_s, self._clock = links, byte_s, clock
+        self._links, self._serving = {link.remote.url: link for link in links}, serving
+        self._byte_s, self._clock = byte_s, clock
         self._forms = {form: at for at, form in enumerate(manifest.forms)}
+        self._before: str | None = None
         self.counts = RemoteCounts()
 
     def send(self, layer: int, plain: PlainMath, wanted: Sequence[Wanted], x: Tensor) -> Sent | None:
-        """Let a node run those of `wanted` that are sooner there so than read; None where none are."""
-        now_s, byte_s = self._clock(), self._byte_s()
-        self._refresh(now_s)
-        link = min(self._usable(now_s), key=lambda link: link.exchange_s + link.run_s, default=None)
+        """Let the node run those of `wanted` that are sooner there so than read; None where none are."""
+        link, byte_s = self._link(self._clock()), self._byte_s()
         if link is None or byte_s is None:
             return None
         times = MissTimes(byte_s, link.exchange_s, link.run_s)
@@ -172,27 +207,23 @@ class RemoteTier:
         return list(torch.split(found, rows))
 
     def close(self) -> None:
-        for link in self._links:
+        for link in self._links.values():
             link.close()
 
-    def _usable(self, now_s: float) -> list[Link]:
-        return [link for link in self._links if now_s >= link.rests_until_s and not link.failures]
-
-    def _refresh(self, now_s: float) -> None:
-        """Ask nodes that were not heard of for a while how they are, without waiting for it."""
-        for link in self._links:
-            if now_s >= link.rests_until_s and now_s - link.heard_s > REFRESH_S:
-                link.heard_s = now_s
-                link.thread.submit(self._ask, link)
-
-    def _ask(self, link: Link) -> None:
-        """Is the node there, right, and how quick?"""
-        try:
-            timed = link.ask()
-        except ComoeError:
-            link.failed(self._clock())
-        else:
-            link.learn(timed, 1, self._clock())
+    def _link(self, now_s: float) -> Link | None:
+        """The node that serves, if it is known to be right. One that was not heard of for a while is asked how it is,
+        without waiting for it."""
+        url = self._serving()
+        link = self._links[url] if url is not None else None
+        if url != self._before and link is not None:
+            link.met()
+        self._before = url
+        if link is None or now_s < link.rests_until_s:
+            return None
+        if now_s - link.heard_s > REFRESH_S:
+            link.heard_s = now_s
+            link.thread.submit(link.again, self._clock)
+        return link if link.measured and not link.failures else None
 
     def _request(self, link: Link, layer: int, plain: PlainMath, wanted: Sequence[Wanted], x: Tensor) -> RunRequest:
         rows = [len(use.tokens) for use in wanted]
@@ -208,44 +239,32 @@ class RemoteTier:
 
 
 def open_links(
-    nodes: Sequence[Node], pack: Pack, plain: PlainMath, exact: bool, clock: Callable[[], float]
+    nodes: Sequence[Node], there: Sequence[Node], pack: Pack, known: Known, clock: Callable[[], float]
 ) -> list[Link]:
-    """The nodes that answer a known question of the pack's first layer as this device does; `exact`: to the bit.
+    """`nodes`, of which those that are `there` are asked now whether they answer a known question as this device does.
 
-    RemoteUnavailable where none does; UsageError where one does not know the token.
+    RemoteUnavailable where none of them does; UsageError where one does not know the token.
     """
-    known, identity = _known(pack, plain, exact), manifest_hash(pack.folder)
-    links: list[Link] = []
+    identity = manifest_hash(pack.folder)
+    links = [Link(RemoteRun(node, identity, clock), known, ThreadPoolExecutor(1, "comoe-edge")) for node in nodes]
     problems = []
-    for node in nodes:
-        link = Link(RemoteRun(node, identity, clock), known, ThreadPoolExecutor(1, "comoe-edge"))
-        try:
-            _measure(link, clock)
-        except ComoeError as error:
-            link.close()
-            if not isinstance(error, RemoteUnavailable):
-                for opened in links:
-                    opened.close()
-                raise
-            problems.append(str(error))
-        else:
-            links.append(link)
-    if nodes and not links:
-        raise RemoteUnavailable(problems[0])
+    with ExitStack() as on_failure:
+        for link in links:
+            on_failure.callback(link.close)
+        for link in (link for link, node in zip(links, nodes, strict=True) if node in there):
+            try:
+                link.measure(clock)
+            except RemoteUnavailable as error:
+                link.failed(clock())
+                problems.append(error)
+        if problems and not any(link.measured for link in links):
+            raise problems[0]
+        on_failure.pop_all()
     return links
 
 
-def _measure(link: Link, clock: Callable[[], float]) -> None:
-    """What exchanges with a node take. Raises RemoteUnavailable where it is not there, or wrong."""
-    link.ask()  # its blobs may have to be read first
-    found = [link.ask() for _ in range(PROBES)]
-    link.exchange_s = median(max(0.0, timed.seconds - timed.answer.seconds) for timed in found)
-    link.run_s = median(timed.answer.seconds for timed in found)
-    link.heard(clock())
-
-
-def _known(pack: Pack, plain: PlainMath, exact: bool) -> Known:
-    """A question about one exact expert."""
+def known_answer(pack: Pack, plain: PlainMath, *, exact: bool) -> Known:
+    """A question about an exact expert of the pack's first layer; `exact`: answers must be this device's to the bit."""
     manifest = pack.manifest
     blobs = manifest.blobs(ExpertId(0, 0), "exact")
     data = [np.frombuffer(pack.read_bytes(blob), np.uint8) for blob in blobs]

@@ -4,7 +4,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
@@ -21,6 +21,9 @@ from comoe.runtime.seen import nothing, profile_between
 from comoe.store.pack import Pack
 from comoe.store.profile import Profile
 from comoe.types import DoesNotFit, UsageError
+
+if TYPE_CHECKING:
+    from comoe.net.nodes import EdgeNodes
 
 SLACK_BYTES = 4 << 20
 """Memory may go so far beyond the sizes that were measured before the cache gives way, twice as much at a time."""
@@ -41,11 +44,19 @@ class Comoe:
     """The handle of a served model. A context manager: leaving it stops all threads.
 
     `context` is the longest prompt and answer together, in tokens; `promise` the budget of the whole process, None
-    where only experts were given one; `earlier_peak` the resident memory that loading took at most.
+    where only experts were given one; `earlier_peak` the resident memory that loading took at most; `nodes` are edge
+    nodes, None without any.
     """
 
     def __init__(
-        self, pack: Pack, serving: Serving, context: int, promise: Promise | None = None, earlier_peak: int = 0
+        self,
+        pack: Pack,
+        serving: Serving,
+        context: int,
+        promise: Promise | None = None,
+        earlier_peak: int = 0,
+        *,
+        nodes: "EdgeNodes | None" = None,
     ) -> None:
         self._pack, self._serving, self._context, self._promise = pack, serving, context, promise
         self._earlier_peak, self._planned = earlier_peak, serving.cache.capacity
@@ -53,6 +64,7 @@ class Comoe:
         self._changing = threading.RLock()
         self.choices: Choices | None = None
         self.live: Live | None = None
+        self.nodes = nodes
         if promise is not None:
             serving.before_read = self._guard
 
@@ -126,6 +138,8 @@ class Comoe:
         `prefetched_bytes` were read before they were asked for, `prefetch_wasted_bytes` of them left unused, since the
         model was loaded; `prefetching` says whether that goes on, None where there is nothing to go by.
         `link_failures` uses took the floor because no node had their experts' bytes.
+        `edge_events` counts what became of links to edge nodes since then, by kind, and `announced_experts` those that
+        nodes were told of; `edge` is the node that serves, None without a link.
         `edge_runs` uses were run by edge nodes since then, in `edge_bytes` of messages; `edge_failures` requests to
         them failed, and the device read instead.
         `moved_share` of the answer's gates went to other experts, as a routing bias has it.
@@ -143,6 +157,9 @@ class Comoe:
             "expert_s": counts.expert_s,
             "bytes_read": {tier: nbytes - self._read_before.get(tier, 0) for tier, nbytes in read.items()},
             "link_failures": counts.link_failures,
+            "edge": self.nodes.serving if self.nodes is not None else None,
+            "edge_events": self.nodes.counts if self.nodes is not None else {},
+            "announced_experts": self.nodes.announced.experts if self.nodes is not None else 0,
             "edge_runs": remote.uses,
             "edge_failures": remote.failures,
             "edge_bytes": remote.nbytes,
@@ -200,6 +217,8 @@ class Comoe:
             self.live.close()
         if self._serving.remote is not None:
             self._serving.remote.close()
+        if self.nodes is not None:
+            self.nodes.close()
         self.cache.close()
         self._pack.close()
 

@@ -110,6 +110,10 @@ class Serving:
             self.rungs[rung] = [[self._way(at, e, form) for e, form in enumerate(forms)] for at, forms in assignment]
         return self.rungs[rung][layer][expert]
 
+    def nbytes(self, way: Way) -> int:
+        """Bytes of what it needs."""
+        return sum(self.manifest.layers[blob.layer].parts[blob.part].nbytes for blob in way.blobs)
+
     def _way(self, layer: int, expert: int, form: str) -> Way:
         return Way(form, self.manifest.blobs(ExpertId(layer, expert), form))
 
@@ -193,14 +197,11 @@ class ServedLayer:
             return None
         resident = serving.cache.residents([way.blobs for way in ways])
         wanted = [
-            Wanted(at, use.expert, way.form, self._nbytes(way), tuple(use.tokens.tolist()))
+            Wanted(at, use.expert, way.form, serving.nbytes(way), tuple(use.tokens.tolist()))
             for at, (use, way) in enumerate(zip(uses, ways, strict=True))
             if not resident[at]
         ]
         return serving.remote.send(self._index, self._maths.plain, wanted, x) if wanted else None
-
-    def _nbytes(self, way: Way) -> int:
-        return sum(self.serving.manifest.layers[blob.layer].parts[blob.part].nbytes for blob in way.blobs)
 
     def _uses(self, index: Tensor, weight: Tensor) -> Iterator[Use]:
         """The experts that a chunk uses, ascending; rows in the order in which eager transformers takes them."""

@@ -1,12 +1,12 @@
 """`comoe.load`: from a pack and a budget to a transformers model that generates."""
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, closing
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from time import monotonic, perf_counter
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from comoe.defaults import CONTEXT, POLICY, PREFETCH, ROUTING_BIAS
 from comoe.device import process
@@ -18,9 +18,9 @@ from comoe.kernels import native
 from comoe.memory.cache import BlobCache
 from comoe.memory.policy import POLICIES, Policy
 from comoe.memory.predict import Frequent, Learned, Predictor, Previous
-from comoe.memory.prefetch import PREFETCHES, Prefetcher
+from comoe.memory.prefetch import Prefetcher
 from comoe.net.address import Access
-from comoe.net.place import open_pack
+from comoe.net.place import open_nodes, open_pack
 from comoe.net.remote_run import Node
 from comoe.plan.cost import Costs
 from comoe.plan.early import early
@@ -32,14 +32,16 @@ from comoe.plan.planner import Plan, Planner, uniform
 from comoe.runtime.bias import attach_bias
 from comoe.runtime.budget import FIRST_TOKENS, WarmUp, warm_up
 from comoe.runtime.choices import Choices, conditions
-from comoe.runtime.edgetier import RemoteTier, open_links
+from comoe.runtime.edgetier import RemoteTier, known_answer, open_links
 from comoe.runtime.experts import TORCH_DTYPES, SiteMath
 from comoe.runtime.handle import Comoe, Promise
 from comoe.runtime.hook import attach
+from comoe.runtime.hot import hot_experts
 from comoe.runtime.layer import ServedLayer, Serving
+from comoe.runtime.options import Options
 from comoe.runtime.skeleton import load_skeleton
 from comoe.runtime.threads import use_threads
-from comoe.store.decisions import Decisions, read_decisions
+from comoe.store.decisions import read_decisions
 from comoe.store.families import experts_modules
 from comoe.store.foresight import Foresight, read_foresight
 from comoe.store.layout import PAGE
@@ -50,6 +52,9 @@ from comoe.store.source import Source
 from comoe.types import DoesNotFit, ExpertId, UsageError
 from comoe.units import format_size, parse_budget, parse_share, parse_size
 
+if TYPE_CHECKING:
+    from comoe.net.nodes import EdgeNodes
+
 LINK_THREADS = 4
 """Reads in flight over a network, whose round trips overlap."""
 
@@ -58,58 +63,6 @@ class NewCache(Protocol):
     """Makes the cache of a model: `BlobCache`, or one whose clock is another."""
 
     def __call__(self, source: Source, capacity: int, *, largest_group: int, policy: Policy) -> BlobCache: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """How to serve a pack, beyond its budget.
-
-    `max_loss` is a fraction; `context` the longest prompt and answer together, in tokens; `dtype` the compute dtype,
-    by default the checkpoint's; `profile` tells how the text to come uses experts, by default as the pack's own did;
-    `policy` says which experts leave the cache first; `prefetch` whether the next layer's are read ahead: `auto`, while
-    that is measured to save time, `on` or `off`.
-
-    `live` lets the model follow its device and its text; `deterministic` makes outputs depend on neither; `log` keeps
-    the choices that outputs depend on, `replay` takes them from a log. `routing_bias` is what decoding adds to the
-    logits of experts in memory, 0 for nothing. `edges` are the nodes that may run experts.
-    """
-
-    max_loss: float = 0.0
-    context: int = CONTEXT
-    dtype: str | None = None
-    threads: int | None = None
-    profile: Profile | None = None
-    policy: str = POLICY
-    prefetch: str = PREFETCH
-    live: bool = False
-    deterministic: bool = False
-    log: bool = False
-    replay: Decisions | None = None
-    routing_bias: float = ROUTING_BIAS
-    edges: tuple[Node, ...] = ()
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.max_loss < float("inf"):
-            raise UsageError(f"a loss of {self.max_loss} is no bound: give a fraction such as 0.02, or 0 for exact.")
-        if self.context < 1 or (self.threads is not None and self.threads < 1):
-            raise UsageError("context and threads must be at least 1.")
-        if self.policy not in POLICIES:
-            raise UsageError(f"there is no policy {self.policy!r}: choose from {', '.join(POLICIES)}.")
-        if self.prefetch not in PREFETCHES:
-            raise UsageError(f"prefetch cannot be {self.prefetch!r}: choose from {', '.join(PREFETCHES)}.")
-        if self.deterministic and self.replay is not None:
-            raise UsageError("a log is replayed as it was written: leave out --deterministic.")
-        self._check_bias()
-
-    def _check_bias(self) -> None:
-        if not 0 <= self.routing_bias < float("inf"):
-            raise UsageError(f"a routing bias of {self.routing_bias} is none: give logits such as 1, or 0 for none.")
-        if self.routing_bias and not self.max_loss:
-            raise UsageError("a routing bias loses quality: bound it by --max-loss, or leave it out.")
-        if self.routing_bias and (self.deterministic or self.log or self.replay is not None):
-            raise UsageError(
-                "a routing bias follows what is cached: leave it out with --deterministic, --decisions or --replay."
-            )
 
 
 def load(
@@ -166,7 +119,7 @@ def load(
     follows = live if live is not None else not given
     logged = read_decisions(Path(replay)) if replay else None
     nodes = tuple(Node(url, access.token if access else None, access.ca if access else None) for url in edges)
-    how = (policy, prefetch, follows, deterministic, log, logged, routing_bias, nodes)
+    how = (policy, prefetch, follows, deterministic, log, logged, routing_bias, nodes, access.link if access else None)
     options = Options(parse_share(max_loss), context, dtype, threads, known, *how)
     loader = Loader(opened, options)
     if expert_memory is not None:
@@ -334,15 +287,26 @@ class Loader:
         policy = POLICIES[self.options.policy]()
         return self.new_cache(self._source, capacity, largest_group=largest_group, policy=policy)
 
-    def _remote(self, math: SiteMath) -> RemoteTier | None:
-        """The edge nodes that run experts, `math` the first layer's. Raises RemoteUnavailable, UsageError."""
+    def _nodes(self, on_failure: ExitStack, math: SiteMath) -> "EdgeNodes | None":
+        """The edge nodes; None without any. Raises RemoteUnavailable, and UsageError where they have nothing to do."""
         if not self.options.edges:
             return None
-        if math.plain is None or not native.available():
+        if not self.pack.remote and not _runs_elsewhere(math):
             raise UsageError("edge nodes run plain experts for devices with the kernel only: leave out --edge.")
-        exact = self.options.max_loss == 0
-        links = open_links(self.options.edges, self.pack, math.plain, exact, perf_counter)
-        return RemoteTier(links, self.pack.manifest, lambda: self._source.byte_s, perf_counter)
+        return on_failure.enter_context(open_nodes(self.options.edges, self.pack, self.options.link))
+
+    def _remote(self, on_failure: ExitStack, nodes: "EdgeNodes", math: SiteMath) -> RemoteTier | None:
+        """Runs of experts on edge nodes, `math` the first layer's; None where nodes have but files to give.
+
+        Raises RemoteUnavailable, UsageError.
+        """
+        if math.plain is None or not _runs_elsewhere(math):
+            return None
+        right = known_answer(self.pack, math.plain, exact=self.options.max_loss == 0)
+        links = open_links(self.options.edges, nodes.there, self.pack, right, perf_counter)
+        times = (lambda: self._source.byte_s, perf_counter)
+        tier = RemoteTier(links, lambda: nodes.serving, self.pack.manifest, *times)
+        return on_failure.enter_context(closing(tier))
 
     def _serve(
         self,
@@ -359,6 +323,8 @@ class Loader:
         largest = target.group_beside(floor)
         streams = self.options.live or plan.floor_bytes + target.beside(floor) > capacity
         with ExitStack() as on_failure:
+            maths = self._maths(model)
+            nodes = self._nodes(on_failure, maths[0])
             cache = on_failure.enter_context(self._cache(capacity, largest))
             prices, options = self.ladder.prices(plan.target, plan.floor), self.options
             ledger = Ledger(prices, options.max_loss, manifest.routing_price)
@@ -367,19 +333,23 @@ class Loader:
             if plan.floor is not None:
                 ways = [serving.way(*expert, plan.floor) for expert in self.most_used]
                 cache.hold(list(dict.fromkeys(blob for way in ways for blob in way.blobs)))
-            maths = self._maths(model)
-            serving.remote = self._remote(maths[0])
-            if serving.remote is not None:
-                on_failure.callback(serving.remote.close)
+            if nodes is not None:
+                nodes.hot = partial(hot_experts, serving)
+                serving.remote = self._remote(on_failure, nodes, maths[0])
             attach(model, [ServedLayer(at, math, serving) for at, math in enumerate(maths)])
             if options.routing_bias:
                 attach_bias(model, serving, options.routing_bias)
-            handle = Comoe(self.pack, serving, self.options.context, promise, earlier_peak)
+            handle = Comoe(self.pack, serving, self.options.context, promise, earlier_peak, nodes=nodes)
             object.__setattr__(model, "comoe", handle)
             if self.pack.remote and plan.floor is not None:
                 cache.prefetch([serving.way(*expert, plan.target).blobs for expert in self.most_used])
             on_failure.pop_all()  # from here on the handle closes the cache
         return model
+
+
+def _runs_elsewhere(math: SiteMath) -> bool:
+    """Whether an edge node can run such experts for this device."""
+    return math.plain is not None and native.available()
 
 
 def timed(planner: Planner, warm: WarmUp) -> Planner:

@@ -1,0 +1,25 @@
+"""What an edge node says of itself when it is asked: whether it serves a pack, and where. Who asks is elsewhere."""
+
+import json
+from urllib.parse import quote
+
+from comoe.types import RemoteUnavailable
+
+PATH = "/health"
+MOST_NBYTES = 1 << 20
+"""Of an answer, what is read."""
+
+
+def folder_in(data: bytes, identity: str, url: str) -> str:
+    """Where the node at `url` serves the pack whose manifest has the SHA-256 `identity`, as it answered: /packs/NAME.
+
+    Raises RemoteUnavailable where it has other packs, or is no edge node.
+    """
+    try:
+        packs = json.loads(data)["packs"]
+        names = [str(name) for name, found in packs.items() if found == identity]
+    except (ValueError, RecursionError, TypeError, KeyError, AttributeError) as error:
+        raise RemoteUnavailable(f"{url} is no edge node: it has no health to tell.") from error
+    if not names:
+        raise RemoteUnavailable(f"{url} does not serve this pack: start `comoe edge` with the same one.")
+    return f"/packs/{quote(names[0], safe='')}"

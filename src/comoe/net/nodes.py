@@ -1,0 +1,162 @@
+"""The edge nodes of a session: one of them serves the pack's files, and who may serve next is told what is hot.
+
+Which one serves is `net.roaming`'s. What runs there is `runtime.edgetier`'s.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from time import monotonic
+from typing import NamedTuple
+
+from comoe.net.address import Access
+from comoe.net.handover import Event, Kind
+from comoe.net.links import LinkState
+from comoe.net.origin import Leash, Origin
+from comoe.net.probe import Probe
+from comoe.net.remote_run import HotExpert, Node, RemoteRun
+from comoe.net.roaming import Roaming
+from comoe.types import ComoeError, PackError, RemoteUnavailable
+
+PROBE_S = 1.0
+"""How long a node may take to say that it is there."""
+
+FIRST_S = 8.0
+"""So long a session waits at its start until every node was asked once."""
+
+NEAR = Leash(connect_s=1.0, silent_s=1.5, whole_s=60.0, attempts=1, busy_attempts=1)
+"""Of a node beside which there is an origin, and maybe others: by then `net.handover` knows whether it is stalled."""
+
+LOG = logging.getLogger("comoe")
+
+SENTENCES: dict[Kind, str] = {
+    "attached": "serves.",
+    "handover": "serves, after {before}.",
+    "lost": "is lost: nothing comes from it.",
+    "back": "serves: there is a link again.",
+    "stalled": "answers, but sends nothing: it is left alone for a while.",
+    "announced": "may serve next: it is told what this session uses.",
+}
+
+
+class Announced(NamedTuple):
+    """Experts that nodes were told of, and announcements that nobody took."""
+
+    experts: int = 0
+    failures: int = 0
+
+
+class EdgeNodes:
+    """The `nodes` that may serve the pack whose manifest has the SHA-256 `identity`, watched until `close`.
+
+    No more comes than `link` carries: bytes per second, seconds of round trip; None for no limit. `hot`, called from a
+    thread of this, says what the session uses most. Every event is logged. Raises RemoteUnavailable where no node
+    answers, UsageError.
+    """
+
+    def __init__(self, nodes: Sequence[Node], identity: str, link: tuple[float, float] | None = None) -> None:
+        self._nodes = {node.url: node for node in nodes}
+        self._identity, self._link = identity, link
+        self._probes = {
+            node.url: Probe(node.url, PROBE_S, identity, node.trust() if node.url.startswith("https") else None)
+            for node in nodes
+        }
+        self._files: dict[str, Origin] = {}
+        self._teller = ThreadPoolExecutor(1, "comoe-hot")
+        self.announced = Announced()
+        self.hot: Callable[[], Sequence[HotExpert]] = list
+        self._roaming = Roaming([(node.url, self._probes[node.url]) for node in nodes], self._heard).start()
+        try:
+            self._roaming.first(FIRST_S)
+        except RemoteUnavailable:
+            self.close()
+            raise
+
+    @property
+    def serving(self) -> str | None:
+        """The URL of the node that serves now; None where there is no link."""
+        return self._roaming.serving
+
+    @property
+    def there(self) -> list[Node]:
+        """The nodes that answered when they were asked last."""
+        return [self._nodes[url] for url in self._roaming.there]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How often each kind of event happened."""
+        return self._roaming.counts
+
+    @property
+    def log(self) -> list[Event]:
+        """The last events; their times are seconds on `monotonic`'s clock."""
+        return self._roaming.log
+
+    def links(self) -> dict[str, LinkState]:
+        """All links now, by the node's URL."""
+        return self._roaming.links()
+
+    @property
+    def rate_bps(self) -> float | None:
+        """Bytes per second that may be counted on from the node that serves; None without a link."""
+        serving = self.serving
+        return None if serving is None else self.links()[serving].rate_bps
+
+    def fetch(self, name: str, start: int, into: memoryview) -> int:
+        """Fill `into` from byte `start` of the file `name`; how many bytes came before no node was left to ask.
+
+        What breaks, or belongs to a node that serves no more, goes on at the next one. Who reads checks the bytes.
+        Raises UsageError where a node does not know the token.
+        """
+        at = 0
+        while at < len(into):
+            node = None
+            try:
+                with self._roaming.reading() as (node, came):
+                    for chunk in self._origin(node).stream(name, start + at, start + len(into)):
+                        into[at : at + len(chunk)] = chunk
+                        at += len(chunk)
+                        came(len(chunk))
+                        if self.serving != node:
+                            break
+            except (RemoteUnavailable, PackError):
+                if self.serving in (node, None):
+                    return at
+        return at
+
+    def close(self) -> None:
+        """Stop all threads; idempotent."""
+        self._teller.shutdown(cancel_futures=True)
+        self._roaming.close()
+
+    def __enter__(self) -> "EdgeNodes":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _origin(self, node: str) -> Origin:
+        url = node.rstrip("/") + self._probes[node].folder
+        if url not in self._files:
+            known = self._nodes[node]
+            self._files[url] = Origin(url, Access(token=known.token, ca=known.ca, link=self._link), NEAR)
+        return self._files[url]
+
+    def _heard(self, event: Event) -> None:
+        LOG.info(f"edge node {event.node} {SENTENCES[event.kind].format(before=event.before)}")
+        if event.kind == "announced":
+            self._teller.submit(self._announce, event.node)
+
+    def _announce(self, node: str) -> None:
+        """Tell a node what the session uses most."""
+        experts = list(self.hot())
+        if not experts:
+            return
+        with closing(RemoteRun(self._nodes[node], self._identity, monotonic)) as client:
+            try:
+                client.announce(experts)
+            except ComoeError:
+                self.announced = self.announced._replace(failures=self.announced.failures + 1)
+            else:
+                self.announced = self.announced._replace(experts=self.announced.experts + len(experts))
