@@ -33,6 +33,12 @@ def test_where_small_floors_lose_more_than_the_bound_the_smallest_that_does_not_
     assert early(small(), 1 << 20, 0.0) is None
 
 
+def test_an_exact_answer_takes_no_floor_though_one_was_measured_to_lose_nothing() -> None:
+    found = ladder(BLOBS, {"merged": -0.01, "q4": 0.0, "q8": 0.0}, USE, clusters=1)
+    assert found.rung("merged").price == 0.0
+    assert early(found, 1 << 20, 0.0) is None and early(found, 1 << 20, 0.01) is not None
+
+
 def test_where_no_target_fits_beside_the_floor_there_is_no_such_plan() -> None:
     assert early(small(), 8192, 0.2) is None
 

@@ -5,9 +5,11 @@ import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Thread
 from time import monotonic
 
 import pytest
+from edges import until
 from sources import SourceContract, read
 from webs import Web, serving
 
@@ -231,6 +233,34 @@ def test_without_a_link_answers_come_from_the_floor_as_far_as_the_bound_allows(
         with known.comoe as other:
             known.generate(ids, max_new_tokens=1, do_sample=False)
             assert serving.ledger.prompt.total == pytest.approx(other._serving.ledger.prompt.total, rel=0.02)
-        serving.ledger.bound = -1.0
+        serving.ledger.bound, serving.patience_s = -1.0, 0.3
         with pytest.raises(RemoteUnavailable):
             model.generate(ids, max_new_tokens=40, do_sample=False)
+        assert handle.stats()["link_wait_ms"] >= 300
+
+
+def test_an_exact_answer_waits_for_a_link_that_comes_back(
+    web: Web, published: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    import torch
+
+    from comoe.runtime.load import load
+
+    ids = torch.arange(12)[None]
+    local = load(published, expert_memory="500%", prefetch="off")
+    wanted = local.generate(ids, max_new_tokens=4, do_sample=False)
+    local.comoe.close()
+    model = load(web.url, expert_memory="30%", prefetch="off", access=Access(tmp_path / "cache", 0))
+    with model.comoe as handle:
+        web.leave_after = 0
+
+        def mend() -> None:
+            until(lambda: handle.stats()["link_wait_ms"] > 0)
+            web.leave_after = None
+
+        mending = Thread(target=mend)
+        mending.start()
+        assert torch.equal(model.generate(ids, max_new_tokens=4, do_sample=False), wanted)
+        mending.join()
+        assert handle.stats()["link_failures"] == 0
+        assert any("waiting for a link" in message for message in caplog.messages)

@@ -32,9 +32,9 @@ from comoe.cli.options import (
     wish,
 )
 from comoe.cli.profile import alone, check_place, keep, writing
-from comoe.cli.terminal import print_json, say
+from comoe.cli.terminal import print_json, say, say_what_is_logged
 from comoe.defaults import CONTEXT, MAX_NEW_TOKENS, POLICY, PREFETCH, ROUTING_BIAS, SEED, TEMPERATURE, TOP_K, TOP_P
-from comoe.net.address import Access, is_url
+from comoe.net.address import Access, host_port, is_url
 from comoe.net.place import open_pack
 from comoe.store.decisions import write_decisions
 from comoe.store.manifest import read_manifest
@@ -86,6 +86,10 @@ def command(
         list[str] | None,
         Option(envvar="COMOE_EDGE", metavar="URL...", help="Edge nodes that serve this pack: they run what misses."),
     ] = None,
+    metrics: Annotated[
+        str | None,
+        Option(envvar="COMOE_METRICS", metavar="HOST:PORT", help="Show counters here, for Prometheus, while it runs."),
+    ] = None,
     profile: ProfilePath = None,
     policy: PolicyName = POLICY,
     prefetch: Annotated[
@@ -125,20 +129,21 @@ def command(
     from comoe.runtime.generate import Sampling
 
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed, tuple(stop or ()), ignore_eos)
+    say_what_is_logged()
     reach = access(cache, cache_size, token_file, link)
     place = _place(pack, source, reach)
     session = Session(place, wish(memory, expert_memory, max_loss, exact), sampling, chat=chat)
     given = _given(prompt, prompt_file)
     if given is None and json:
         raise UsageError("--json needs a prompt: give --prompt or --prompt-file.")
-    known = _existing(profile)
+    known, listen = _existing(profile), host_port(metrics) if metrics is not None else None
     if decisions is not None:
         check_place(decisions)
     how = {"policy": policy, "prefetch": prefetch, "live": live, "deterministic": deterministic}
     options: dict[str, Any] = {"dtype": dtype, "threads": threads, "source": source, "profile": known, **how}
     options |= {"routing_bias": routing_bias, "access": reach}
     session.load(given, context, edges=tuple(edge or ()), log=decisions is not None, replay=replay, **options)
-    with session.model.comoe, _profiled(session, profile), _logged(session, decisions):
+    with session.model.comoe, _metered(session, listen), _profiled(session, profile), _logged(session, decisions):
         if given is None:
             session.converse(_asked())
             return
@@ -211,7 +216,8 @@ class Session:
             "ms_per_token": answer.ms_per_token,
             "framework_ms_per_token": answer.framework_ms_per_token,
             **{key: stats[key] for key in ("hit_rate", "floor_rate", "bytes_read")},
-            **{key: stats[key] for key in ("link_failures", "edge_runs", "edge_failures", "edge_bytes")},
+            **{key: stats[key] for key in ("link_failures", "link_wait_ms", "edge", "edge_events")},
+            **{key: stats[key] for key in ("edge_runs", "edge_failures", "edge_bytes", "announced_experts")},
             **{key: stats[key] for key in ("prefetching", "prefetched_bytes", "prefetch_wasted_bytes")},
             "expert_memory_bytes": stats["resident_bytes"],
             **{key: stats[key] for key in ("peak_bytes", "beside_experts_bytes", "yielded_bytes")},
@@ -245,6 +251,19 @@ def _existing(profile: Path | None) -> Path | None:
         return None
     check_place(profile)
     return profile if profile.exists() else None
+
+
+@contextmanager
+def _metered(session: Session, place: tuple[str, int] | None) -> Iterator[None]:
+    """Show a session's counters at a place, host and port, if one is given. Raises UsageError."""
+    if place is None:
+        yield
+        return
+    from comoe.serve.session import metrics_at
+
+    with metrics_at(session.model.comoe, *place) as port:
+        say(f"metrics at http://{place[0]}:{port}/metrics")
+        yield
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """How commands talk: JSON and tables on stdout, progress and remarks on stderr."""
 
 import json
+import logging
 import math
 import os
 import sys
@@ -27,6 +28,15 @@ def _finite(value: Any) -> Any:
 def say(sentence: str) -> None:
     """A remark on stderr."""
     print(sentence, file=sys.stderr, flush=True)
+
+
+def say_what_is_logged() -> None:
+    """From now on, what the library logs goes to stderr, too."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("comoe: %(message)s"))
+    log = logging.getLogger("comoe")
+    log.handlers[:] = [handler]
+    log.setLevel(logging.INFO)
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

@@ -3,12 +3,22 @@
 from pathlib import Path
 from typing import NamedTuple
 
+from comoe.types import UsageError
+
 SCHEMES = ("http", "https", "s3")
 
 
 def is_url(text: str) -> bool:
     """Whether a pack is named by a URL and not by a folder."""
     return "://" in text and text.partition("://")[0] in SCHEMES
+
+
+def host_port(listen: str) -> tuple[str, int]:
+    """The two of `HOST:PORT`, where something is to listen: at port 0 for any free one. Raises UsageError."""
+    host, colon, port = listen.rpartition(":")
+    if not colon or not port.isdecimal() or int(port) > 65535:
+        raise UsageError(f"{listen!r} is no place to listen: write HOST:PORT, for example 127.0.0.1:8600.")
+    return host.strip("[]") or "0.0.0.0", int(port)
 
 
 class Access(NamedTuple):

@@ -15,7 +15,7 @@ def early(ladder: Ladder, budget: int, max_loss: float) -> Pin | None:
 
     Where all that are so small lose too much, the floor is the smallest that does not.
     """
-    within = [rung for rung in ladder.certified if rung.price <= max_loss]
+    within = ladder.within(max_loss)
     if not within:
         return None
     small = [rung for rung in within if rung.nbytes <= SHARE * ladder.expert_bytes_bf16]

@@ -162,6 +162,10 @@ class Ladder:
     def certified(self) -> tuple[Rung, ...]:
         return tuple(rung for rung in self.rungs if rung.loss is not None)
 
+    def within(self, max_loss: float) -> list[Rung]:
+        """The certified rungs that lose no more: exact alone where nothing may be lost, whatever others measured."""
+        return [rung for rung in self.certified if rung.price <= max_loss] if max_loss > 0 else [self.exact]
+
     def forms(self, max_loss: float) -> tuple[str, ...]:
         """The forms that a plan within `max_loss` may serve."""
         served = self.certified if max_loss > 0 else (self.exact,)

@@ -22,8 +22,7 @@ def deterministic(ladder: Ladder, max_loss: float) -> Pin:
 
     Of rungs that are as small, the one that loses least.
     """
-    allowed = [rung for rung in ladder.certified if rung.price <= max_loss] if max_loss > 0 else [ladder.exact]
-    return Pin(None, min(allowed, key=lambda rung: (rung.nbytes, rung.price)).name)
+    return Pin(None, min(ladder.within(max_loss), key=lambda rung: (rung.nbytes, rung.price)).name)
 
 
 def smallest(ladder: Ladder, pin: Pin) -> int:

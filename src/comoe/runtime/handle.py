@@ -61,6 +61,7 @@ class Comoe:
         self._pack, self._serving, self._context, self._promise = pack, serving, context, promise
         self._earlier_peak, self._planned = earlier_peak, serving.cache.capacity
         self._read_before: dict[str, int] = {}
+        self._used_before = (0, 0)
         self._changing = threading.RLock()
         self.choices: Choices | None = None
         self.live: Live | None = None
@@ -137,7 +138,7 @@ class Comoe:
 
         `prefetched_bytes` were read before they were asked for, `prefetch_wasted_bytes` of them left unused, since the
         model was loaded; `prefetching` says whether that goes on, None where there is nothing to go by.
-        `link_failures` uses took the floor because no node had their experts' bytes.
+        `link_failures` uses took the floor because no node had their experts' bytes, others waited `link_wait_ms`.
         `edge_events` counts what became of links to edge nodes since then, by kind, and `announced_experts` those that
         nodes were told of; `edge` is the node that serves, None without a link.
         `edge_runs` uses were run by edge nodes since then, in `edge_bytes` of messages; `edge_failures` requests to
@@ -157,6 +158,7 @@ class Comoe:
             "expert_s": counts.expert_s,
             "bytes_read": {tier: nbytes - self._read_before.get(tier, 0) for tier, nbytes in read.items()},
             "link_failures": counts.link_failures,
+            "link_wait_ms": 1e3 * counts.link_wait_s,
             "edge": self.nodes.serving if self.nodes is not None else None,
             "edge_events": self.nodes.counts if self.nodes is not None else {},
             "announced_experts": self.nodes.announced.experts if self.nodes is not None else 0,
@@ -175,6 +177,11 @@ class Comoe:
             "moved_share": self.ledger.moved,
             "shares": self.ledger.shares(),
         }
+
+    def used(self) -> tuple[int, int]:
+        """Uses of experts since the model was loaded, and those that found their form in memory."""
+        counts, before = self._serving.counts, self._used_before
+        return before[0] + counts.uses, before[1] + counts.hits
 
     def keep_choices(self, choices: Choices) -> None:
         """From now on write down, or take from a log, what outputs depend on."""
@@ -205,6 +212,7 @@ class Comoe:
         if self.choices is not None:
             self.choices.begin(asked)
         self.ledger.clear()
+        self._used_before = self.used()
         self._serving.counts = Counts()
         self._read_before = self.cache.stats.bytes_read
         with self._changing:

@@ -4,8 +4,10 @@ The state of a running model that its layers share is here too. Residency is `me
 `runtime.experts`'s, prices `plan.ledger`'s.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from time import sleep
 from typing import NamedTuple
 
 import torch
@@ -23,6 +25,11 @@ from comoe.runtime.edgetier import RemoteTier, Sent, Wanted
 from comoe.runtime.experts import KERNEL_TOKENS, SiteMath
 from comoe.store.manifest import Manifest
 from comoe.types import BlobId, ExpertId, RemoteUnavailable
+
+LOG = logging.getLogger("comoe")
+
+AGAIN_S = 0.25
+"""So often bytes are asked for again while there is no link."""
 
 DECODE_TOKENS = 1
 """A pass of more tokens is prefill, which never takes the floor: coarse keys and values would stay behind."""
@@ -59,6 +66,7 @@ class Counts:
     hits: int = 0
     floor_uses: int = 0
     link_failures: int = 0
+    link_wait_s: float = 0.0
     expert_s: float = 0.0
 
 
@@ -81,7 +89,8 @@ class Serving:
     `heed` is told what every chunk uses: its layer, what its tokens give to experts (N, H), and its experts, ascending.
     `prefetcher` says what comes next; None where nothing is read ahead. `settle` is told whether a use that has a floor
     would take it, and answers whether it does. `early`: prompts may take floors, too. `remote` are edge nodes that run
-    what misses; None without any.
+    what misses; None without any. Where nobody has the bytes of a use that may take no floor, it waits for a link, for
+    `patience_s` at most.
     """
 
     manifest: Manifest
@@ -95,6 +104,7 @@ class Serving:
     settle: Callable[[bool], bool] | None = None
     early: bool = False
     remote: RemoteTier | None = None
+    patience_s: float = 0.0
     rungs: dict[str, list[list[Way]]] = field(default_factory=dict)
     seen: list[tuple[Seen, Seen]] = field(init=False)
     """By layer: of prefill, and of decoding."""
@@ -145,12 +155,14 @@ class ServedLayer:
         uses = list(self._uses(index, weight))
         if self.serving.heed is not None:
             self.serving.heed(self._index, x, uses)
-        ways = [self._choose(use, decode=decode) for use in uses]
-        try:
-            return self._summed(x, uses, ways, weight, self._ahead(x, uses))
-        except RemoteUnavailable as error:
-            ways = [self._without_link(use, way, error, decode=decode) for use, way in zip(uses, ways, strict=True)]
-            return self._summed(x, uses, ways, weight)
+        ways, ahead = [self._choose(use, decode=decode) for use in uses], self._ahead(x, uses)
+        waited_s = 0.0
+        while True:
+            try:
+                return self._summed(x, uses, ways, weight, ahead)
+            except RemoteUnavailable as error:
+                ways = [self._without_link(use, way, decode=decode) for use, way in zip(uses, ways, strict=True)]
+                waited_s += self._wait_for_link(ways, waited_s, error)
 
     def _summed(
         self, x: Tensor, uses: Sequence[Use], ways: Sequence[Way], weight: Tensor, ahead: Sequence[Group] = ()
@@ -229,23 +241,33 @@ class ServedLayer:
         seen.gates[use.expert] += use.gate
         return way
 
-    def _without_link(self, use: Use, way: Way, error: RemoteUnavailable, *, decode: bool) -> Way:
-        """What a use takes that no node has the bytes for: its way as it is if it needs none, else the floor.
-
-        Raises the error where there is no floor, or the bound allows it no more.
-        """
+    def _without_link(self, use: Use, way: Way, *, decode: bool) -> Way:
+        """What a use takes that no node has bytes for: the floor where the bound allows it, else its way as it is."""
         serving, plan = self.serving, self.serving.plan
-        if serving.cache.resident(way.blobs):
+        if serving.cache.resident(way.blobs) or plan.floor is None or serving.settle is not None:
             return way
         serving.ledger.add(self._index, way.form, -use.gate, decode=decode)
-        allowed = plan.floor is not None and serving.ledger.allows_floor(self._index, use.gate, decode=decode)
-        if not allowed or serving.settle is not None:
-            raise error
+        if not serving.ledger.allows_floor(self._index, use.gate, decode=decode):
+            serving.ledger.add(self._index, way.form, use.gate, decode=decode)
+            return way
         way = serving.way(self._index, use.expert, str(plan.floor))
         serving.counts.floor_uses += 1
         serving.counts.link_failures += 1
         serving.ledger.add(self._index, way.form, use.gate, floor=True, decode=decode)
         return way
+
+    def _wait_for_link(self, ways: Sequence[Way], waited_s: float, error: RemoteUnavailable) -> float:
+        """Wait a little if bytes of `ways` are still to come; the seconds. Raises the error after all patience."""
+        serving = self.serving
+        if all(serving.cache.residents([way.blobs for way in ways])):
+            return 0.0
+        if waited_s >= serving.patience_s:
+            raise error
+        if not waited_s:
+            LOG.warning(f"waiting for a link: {error}")
+        sleep(AGAIN_S)
+        serving.counts.link_wait_s += AGAIN_S
+        return AGAIN_S
 
     def _ahead(self, x: Tensor, uses: Sequence[Use]) -> list[tuple[BlobId, ...]]:
         """What the next layer is likely to want."""

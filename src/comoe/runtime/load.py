@@ -55,6 +55,9 @@ from comoe.units import format_size, parse_budget, parse_share, parse_size
 if TYPE_CHECKING:
     from comoe.net.nodes import EdgeNodes
 
+LINK_PATIENCE_S = 60.0
+"""So long an answer waits for a link that is gone, where no floor may be taken."""
+
 LINK_THREADS = 4
 """Reads in flight over a network, whose round trips overlap."""
 
@@ -330,6 +333,7 @@ class Loader:
             ledger = Ledger(prices, options.max_loss, manifest.routing_price)
             prefetcher = self._prefetcher(foresight or {}) if streams else None
             serving = Serving(manifest, cache, plan, ledger, prefetcher=prefetcher, early=self.pack.remote)
+            serving.patience_s = LINK_PATIENCE_S if self.pack.remote else 0.0
             if plan.floor is not None:
                 ways = [serving.way(*expert, plan.floor) for expert in self.most_used]
                 cache.hold(list(dict.fromkeys(blob for way in ways for blob in way.blobs)))

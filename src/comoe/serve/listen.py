@@ -15,6 +15,7 @@ from types import FrameType
 
 import uvicorn
 
+from comoe.net.address import host_port
 from comoe.serve.connection import Connection, Waiting
 from comoe.serve.edge import EdgeNode
 from comoe.types import UsageError
@@ -110,12 +111,9 @@ class EdgeServer(uvicorn.Server):
 
 def listener_of(listen: str) -> socket.socket:
     """A bound socket of `HOST:PORT`, port 0 for any free one. Raises UsageError where it cannot be."""
-    host, colon, port = listen.rpartition(":")
-    if not colon or not port.isdecimal() or int(port) > 65535:
-        raise UsageError(f"{listen!r} is no place to listen: write HOST:PORT, for example 127.0.0.1:8600.")
-    host = host.strip("[]") or "0.0.0.0"
+    host, port = host_port(listen)
     try:
-        return socket.create_server((host, int(port)), family=_family(host), backlog=BACKLOG)
+        return socket.create_server((host, port), family=_family(host), backlog=BACKLOG)
     except OSError as error:
         raise UsageError(f"nothing can listen on {listen}: {error.strerror or error}.") from error
 

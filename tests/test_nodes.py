@@ -1,0 +1,159 @@
+"""The edge nodes of a session: who serves sends the pack's bytes, others take over, and hear what is hot."""
+
+import json
+import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+from edges import running, until
+from sources import read
+from webs import Web, serving
+
+from comoe.net.address import Access
+from comoe.net.nodes import EdgeNodes
+from comoe.net.remote import RemotePack
+from comoe.net.remote_run import Node, manifest_hash
+from comoe.store.pack import Pack
+from comoe.types import CorruptBlob, RemoteUnavailable, UsageError
+
+
+@contextmanager
+def near(published: Path, tmp_path: Path, name: str) -> Iterator[Web]:
+    """A web server that stands for an edge node with the pack, of which it has a copy of its own."""
+    folder = tmp_path / name
+    shutil.copytree(published, folder / "packs" / "tiny")
+    (folder / "health").write_text(json.dumps({"packs": {"tiny": manifest_hash(published)}}))
+    with serving(folder) as web:
+        yield web
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
+
+
+def roaming(stack: ExitStack, origin: Web, published: Path, tmp_path: Path, *webs: Web) -> tuple[RemotePack, EdgeNodes]:
+    """The pack behind the origin's URL, read from nodes."""
+    pack = RemotePack(origin.url, Access(tmp_path / "cache", 0))
+    nodes = EdgeNodes([Node(web.url) for web in webs], manifest_hash(published))
+    pack.nodes = nodes
+    stack.callback(pack.close)
+    stack.callback(nodes.close)
+    return pack, nodes
+
+
+def source_of(pack: RemotePack) -> str:
+    blob = pack.blob_ids()[0]
+    return pack.read(blob, memoryview(bytearray(pack.nbytes(blob) + 8192)))
+
+
+def test_bytes_come_from_the_node_that_serves_and_none_from_the_origin(
+    stack: ExitStack, published: Path, tmp_path: Path
+) -> None:
+    local = Pack(published)
+    origin = stack.enter_context(serving(published))
+    edge = stack.enter_context(near(published, tmp_path, "edge"))
+    pack, nodes = roaming(stack, origin, published, tmp_path, edge)
+    origin.asked.clear()
+    for blob in pack.blob_ids():
+        assert read(pack, blob) == local.read_bytes(blob)
+    assert not origin.asked and nodes.serving == edge.url
+    assert source_of(pack) == "edge"
+    rate_bps = nodes.rate_bps
+    assert rate_bps is not None and rate_bps > 0
+
+
+def test_a_range_that_breaks_goes_on_at_the_origin(stack: ExitStack, published: Path, tmp_path: Path) -> None:
+    origin = stack.enter_context(serving(published))
+    edge = stack.enter_context(near(published, tmp_path, "edge"))
+    pack, _ = roaming(stack, origin, published, tmp_path, edge)
+    edge.cut, origin.asked = 1, []
+    assert source_of(pack) == "origin"
+    assert len(origin.asked) == 1
+    assert source_of(pack) == "edge"
+
+
+def test_a_node_that_sends_other_bytes_changes_nothing(stack: ExitStack, published: Path, tmp_path: Path) -> None:
+    origin = stack.enter_context(serving(published))
+    edge = stack.enter_context(near(published, tmp_path, "edge"))
+    pack, _ = roaming(stack, origin, published, tmp_path, edge)
+    for file in {part.file for layer in pack.manifest.layers for part in layer.parts.values()}:
+        path = edge.folder / "packs" / "tiny" / str(file)
+        path.write_bytes(bytes(len(path.read_bytes())))
+    assert source_of(pack) == "origin"
+    shutil.rmtree(origin.folder)
+    shutil.copytree(edge.folder / "packs" / "tiny", origin.folder)
+    with pytest.raises(CorruptBlob):
+        source_of(pack)
+
+
+def test_another_node_takes_over_and_every_event_is_counted_and_logged(
+    stack: ExitStack, published: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "comoe")
+    origin = stack.enter_context(serving(published))
+    webs = [stack.enter_context(near(published, tmp_path, name)) for name in ("one", "two")]
+    pack, nodes = roaming(stack, origin, published, tmp_path, *webs)
+    first = next(web for web in webs if web.url == nodes.serving)
+    other = next(web for web in webs if web is not first)
+    first.leave_after = 0
+    until(lambda: nodes.serving == other.url)
+    other.asked.clear()
+    assert source_of(pack) == "edge" and any("packs" in path for path, _ in other.asked)
+    other.leave_after = 0
+    until(lambda: nodes.serving is None)
+    assert nodes.rate_bps is None and source_of(pack) == "origin"
+    first.leave_after = None
+    until(lambda: nodes.serving == first.url)
+    assert {"attached", "lost", "handover", "back"} <= {kind for kind, count in nodes.counts.items() if count}
+    assert [event.kind for event in nodes.log].count("back") == nodes.counts["back"] == 1
+    assert f"edge node {other.url} serves, after {first.url}." in caplog.messages
+
+
+def test_who_may_serve_next_is_told_what_is_hot(published: Path) -> None:
+    with running(published) as edge, EdgeNodes([Node(edge.url)], manifest_hash(published)) as nodes:
+        nodes._announce(edge.url)
+        assert nodes.announced.experts == 0
+        nodes.hot = lambda: [(0, 1, "exact"), (0, 0, "exact")]
+        nodes._announce(edge.url)
+        until(lambda: edge.metric("comoe_edge_hot_experts_total") == 2)
+        assert nodes.announced == (2, 0)
+        nodes.hot = lambda: [(99, 1, "exact")]
+        nodes._announce(edge.url)
+        assert nodes.announced == (2, 1)
+
+
+def test_nodes_of_another_pack_or_none_are_refused(published: Path, tmp_path: Path) -> None:
+    with near(published, tmp_path, "edge") as web:
+        with pytest.raises(RemoteUnavailable, match="does not serve this pack"):
+            EdgeNodes([Node(web.url)], "0" * 64)
+        with pytest.raises(UsageError, match="once"):
+            EdgeNodes([Node(web.url), Node(web.url)], "0" * 64)
+        with serving(published) as other, pytest.raises(RemoteUnavailable, match="does not answer"):
+            EdgeNodes([Node(other.url)], manifest_hash(published))
+        (web.folder / "health").write_text("[]")
+        with pytest.raises(RemoteUnavailable, match="no health to tell"):
+            EdgeNodes([Node(web.url)], manifest_hash(published))
+
+
+def test_a_node_out_of_reach_is_no_reason_to_refuse_where_another_answers(published: Path, tmp_path: Path) -> None:
+    with near(published, tmp_path, "edge") as web:
+        gone, here = Node("http://127.0.0.1:1"), Node(web.url)
+        nodes = EdgeNodes([gone, here], manifest_hash(published))
+        assert nodes.there == [here] and nodes.serving == web.url
+        nodes.close()
+
+
+def test_a_token_that_a_node_does_not_know_is_said(stack: ExitStack, published: Path, tmp_path: Path) -> None:
+    token = tmp_path / "token"
+    token.write_text("a" * 20)
+    edge = stack.enter_context(running(published, "--token-file", token))
+    origin = stack.enter_context(serving(published))
+    pack = RemotePack(origin.url, Access(tmp_path / "cache", 0))
+    pack.nodes = stack.enter_context(EdgeNodes([Node(edge.url, "b" * 20)], manifest_hash(published)))
+    with pytest.raises(UsageError, match="token"):
+        source_of(pack)
