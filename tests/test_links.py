@@ -78,6 +78,15 @@ def test_round_trips_are_smoothed() -> None:
     assert link.rtt_s == pytest.approx(0.2)
 
 
+def test_a_probe_that_waited_behind_reads_can_but_show_a_shorter_round_trip() -> None:
+    link = Link()
+    link.probed(0.02, 1.0)
+    link.probed(0.5, 2.0, loaded=True)
+    assert link.rtt_s == 0.02 and link.heard_s == 2.0
+    link.probed(0.01, 3.0, loaded=True)
+    assert link.rtt_s is not None and 0.01 < link.rtt_s < 0.02
+
+
 def test_a_link_that_carries_nothing_takes_for_ever() -> None:
     link = Link()
     link.probed(0.02, 0.0)

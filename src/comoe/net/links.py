@@ -80,9 +80,13 @@ class Link:
         self.loss *= 1 - LOSS_WEIGHT
         self.heard_s = now_s
 
-    def probed(self, rtt_s: float, now_s: float) -> None:
-        """A probe came back after so long."""
-        self.rtt_s = rtt_s if self.rtt_s is None else (1 - RTT_WEIGHT) * self.rtt_s + RTT_WEIGHT * rtt_s
+    def probed(self, rtt_s: float, now_s: float, *, loaded: bool = False) -> None:
+        """A probe came back after so long. Where the link was `loaded` it waited behind what was read, which says nothing
+        about the node: then it can but show that the round trip is shorter."""
+        if self.rtt_s is None:
+            self.rtt_s = rtt_s
+        elif not loaded or rtt_s < self.rtt_s:
+            self.rtt_s = (1 - RTT_WEIGHT) * self.rtt_s + RTT_WEIGHT * rtt_s
         self.succeeded(now_s)
 
     def failed(self) -> None:

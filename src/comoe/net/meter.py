@@ -21,6 +21,11 @@ class Meter:
     _nbytes: int = 0
     _counted_s: float = 0.0
 
+    @property
+    def busy(self) -> bool:
+        """Whether a request is open."""
+        return bool(self._open)
+
     def begin(self, now_s: float) -> int:
         """A request was sent; the answer names it from now on."""
         if not self._open:

@@ -136,8 +136,9 @@ class Roaming:
                 self._meters[node].end(request, self._clock(), failed=failed)
 
     def _watch(self, node: str) -> None:
-        probe, link = self._probes[node], self._links[node]
+        probe, link, meter = self._probes[node], self._links[node], self._meters[node]
         while not self._closing.is_set():
+            loaded = meter.busy
             try:
                 rtt_s = probe.ask()
             except RemoteUnavailable as error:
@@ -147,7 +148,7 @@ class Roaming:
             else:
                 with self._lock:
                     self._problems.pop(node, None)
-                    link.probed(rtt_s, self._clock())
+                    link.probed(rtt_s, self._clock(), loaded=loaded or meter.busy)
             self._tick()
             self._unasked.discard(node)
             if not self._unasked:
