@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from edges import running, until
+from models import greedy
 from sources import read
 from webs import Web, serving
 
@@ -16,6 +17,7 @@ from comoe.net.address import Access
 from comoe.net.nodes import EdgeNodes
 from comoe.net.remote import RemotePack
 from comoe.net.remote_run import Node, manifest_hash
+from comoe.runtime.load import load
 from comoe.store.pack import Pack
 from comoe.types import CorruptBlob, RemoteUnavailable, UsageError
 
@@ -157,3 +159,24 @@ def test_a_token_that_a_node_does_not_know_is_said(stack: ExitStack, published: 
     pack.nodes = stack.enter_context(EdgeNodes([Node(edge.url, "b" * 20)], manifest_hash(published)))
     with pytest.raises(UsageError, match="token"):
         source_of(pack)
+
+
+def test_an_exact_answer_over_the_network_is_the_same_though_the_node_that_serves_dies(
+    stack: ExitStack, published: Path, tmp_path: Path
+) -> None:
+    local = load(published, expert_memory="500%", prefetch="off")
+    with local.comoe:
+        wanted = greedy(local, 24)
+    origin = stack.enter_context(serving(published))
+    edges = [stack.enter_context(running(published)) for _ in range(2)]
+    urls = [edge.url for edge in edges]
+    model = load(origin.url, expert_memory="20%", edges=urls, prefetch="off", access=Access(tmp_path / "cache", 0))
+    with model.comoe as handle:
+        first = next(edge for edge in edges if edge.url == handle.stats()["edge"])
+        assert greedy(model, 24) == wanted
+        assert handle.stats()["bytes_read"]["edge"] > 0
+        first.process.kill()
+        until(lambda: handle.stats()["edge"] not in (first.url, None))
+        handle.begin_request()
+        assert greedy(model, 24) == wanted
+        assert handle.stats()["edge_events"]["lost"] == handle.stats()["edge_events"]["handover"] == 1

@@ -81,8 +81,10 @@ class Link:
         self.heard_s = now_s
 
     def probed(self, rtt_s: float, now_s: float, *, loaded: bool = False) -> None:
-        """A probe came back after so long. Where the link was `loaded` it waited behind what was read, which says nothing
-        about the node: then it can but show that the round trip is shorter."""
+        """A probe came back after so long.
+
+        Where the link was `loaded` it waited behind what was read: then it can but show that the round trip is shorter.
+        """
         if self.rtt_s is None:
             self.rtt_s = rtt_s
         elif not loaded or rtt_s < self.rtt_s:
