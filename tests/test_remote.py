@@ -57,6 +57,44 @@ def test_blobs_come_from_the_origin_once_and_then_from_flash(web: Web, tmp_path:
     assert len(web.asked) == asked
 
 
+def test_what_is_brought_comes_by_few_ranges_and_is_counted_by_where_it_came_from(
+    web: Web, published: Path, tmp_path: Path
+) -> None:
+    local, pack = Pack(published), opened(web, tmp_path)
+    blobs = [blob for blob in pack.blob_ids() if blob.part == "exact"]
+    web.asked.clear()
+    pack.bring(blobs)
+    asked = len(web.asked)
+    assert 0 < asked < len(blobs) / 4
+    into = bytearray(max(map(pack.nbytes, blobs)) + 8192)
+    assert {pack.read(blob, memoryview(into)) for blob in blobs} == {"origin"}
+    assert {pack.read(blob, memoryview(into)) for blob in blobs} == {"flash"}
+    assert all(read(pack, blob) == local.read_bytes(blob) for blob in blobs)
+    pack.bring(blobs)
+    assert len(web.asked) == asked
+
+
+def test_what_is_brought_wrong_is_read_again_and_what_flash_cannot_hold_is_not_brought(
+    web: Web, tmp_path: Path
+) -> None:
+    pack = opened(web, tmp_path)
+    blob, other = pack.blob_ids()[:2]
+    path = Path(pack.pieces(blob).extents[0].file).name
+    data = bytearray((web.folder / path).read_bytes())
+    whole = bytes(data)
+    data[pack.pieces(blob).extents[0].offset] ^= 1
+    (web.folder / path).write_bytes(data)
+    pack.bring([blob, other])
+    (web.folder / path).write_bytes(whole)
+    assert pack.tier(blob) == "origin" and pack.tier(other) == "flash"
+    assert len(read(pack, blob)) == pack.nbytes(blob)
+    pack.close()
+    small = opened(web, tmp_path / "small", capacity=1)
+    web.asked.clear()
+    small.bring(small.blob_ids())
+    assert not web.asked
+
+
 def test_a_mirror_has_what_transformers_needs_and_no_blobs(web: Web, published: Path, tmp_path: Path) -> None:
     pack = opened(web, tmp_path)
     manifest = Pack(published).manifest

@@ -1,6 +1,7 @@
 """The rate of real transfers: a source that takes the time of its reads."""
 
 import threading
+from collections.abc import Callable
 
 from comoe.device.probe import Clock
 from comoe.store.source import Source, Through
@@ -11,19 +12,23 @@ RECENT = 0.1
 
 
 class TimedSource(Through):
-    """`source`, whose reads are counted: bytes, and the seconds that they took. A read that fails counts nothing."""
+    """`source`, whose reads are counted: bytes, and the seconds that they took. A read that fails counts nothing.
 
-    def __init__(self, source: Source, clock: Clock) -> None:
+    `tier` says from where a blob would come now.
+    """
+
+    def __init__(self, source: Source, clock: Clock, tier: Callable[[BlobId], str] = lambda blob: "flash") -> None:
         super().__init__(source)
-        self._clock = clock
+        self._clock, self._tier = clock, tier
         self._lock = threading.Lock()
         self._nbytes, self._seconds = 0, 0.0
-        self._recent: float | None = None
+        self._recent: dict[str, float] = {}
 
-    @property
-    def byte_s(self) -> float | None:
-        """Seconds that a byte takes, latency included, in recent reads; None before the first."""
-        return self._recent
+    def expected_s(self, blob: BlobId) -> float | None:
+        """Seconds that a blob would take, as recent reads of its tier did, or of the slowest; None before the first."""
+        with self._lock:
+            byte_s = self._recent.get(self._tier(blob), max(self._recent.values(), default=None))
+        return None if byte_s is None else byte_s * self.nbytes(blob)
 
     def read(self, blob: BlobId, into: memoryview) -> str:
         start_s = self._clock()
@@ -33,7 +38,8 @@ class TimedSource(Through):
             self._nbytes += self._source.nbytes(blob)
             self._seconds += seconds
             last = seconds / max(1, self._source.nbytes(blob))
-            self._recent = last if self._recent is None else self._recent + RECENT * (last - self._recent)
+            before = self._recent.get(tier, last)
+            self._recent[tier] = before + RECENT * (last - before)
         return tier
 
     def take_bps(self) -> float | None:

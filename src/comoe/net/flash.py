@@ -63,6 +63,14 @@ class FlashCache:
         """Bytes of blobs that are there."""
         return self._nbytes
 
+    def holds(self, nbytes: int) -> bool:
+        """Whether so many bytes more may be put here, and stay."""
+        return self.writes and nbytes <= self.capacity
+
+    def has(self, digest: str) -> bool:
+        """Whether the blob of this hash is there."""
+        return digest in self._sizes
+
     def read(self, digest: str, into: memoryview, nbytes: int) -> bool:
         """Fill `into[:nbytes]` with the blob of this hash; False where it is not there. Who reads checks the hash."""
         path = self._path(digest)

@@ -1,5 +1,8 @@
 """A pack behind a URL: small files are mirrored, blobs read by ranges when they are asked for, and kept on flash."""
 
+from collections import defaultdict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -7,6 +10,7 @@ from urllib.parse import urlsplit
 from blake3 import blake3
 
 from comoe.net.address import Access
+from comoe.net.coalesce import Range, coalesced
 from comoe.net.flash import FlashCache
 from comoe.net.nodes import EdgeNodes
 from comoe.net.origin import Origin
@@ -15,6 +19,9 @@ from comoe.store.manifest import MANIFEST, MAX_MANIFEST_BYTES, Manifest, read_ma
 from comoe.store.pack import Pack, Pieces, file_hash
 from comoe.store.whole import whole
 from comoe.types import BlobId, CorruptBlob, HostileFile, PackError, RemoteUnavailable
+
+IN_FLIGHT = 4
+"""Ranges that are brought at once."""
 
 
 class RemotePack(Pack):
@@ -28,6 +35,7 @@ class RemotePack(Pack):
     def __init__(self, url: str, access: Access, source: Path | None = None) -> None:
         self._link, self._origin = access.link, Origin(url, access)
         self.nodes: EdgeNodes | None = None
+        self._brought: dict[str, str] = {}
         self._cache = FlashCache(access.cache, access.cache_bytes)
         with self._cache.mirroring(mirror_name(self._origin.url)) as folder:
             self._mirror(folder, source)
@@ -56,24 +64,64 @@ class RemotePack(Pack):
         if self._cache.read(pieces.digest, into, nbytes):
             if known or blake3(into[:nbytes]).hexdigest() == pieces.digest:
                 self._verified.add(blob)
-                return "flash"
+                return self._brought.pop(pieces.digest, "flash")
             self._cache.drop(pieces.digest)
         tier = self._fetch(blob, pieces, into[:nbytes])
         self._cache.put(pieces.digest, into[:nbytes])
         return tier
 
-    def _fetch(self, blob: BlobId, pieces: Pieces, into: memoryview) -> str:
-        """Bring a blob from the edge node that serves, and what that does not send, or sends wrong, from the origin.
+    def tier(self, blob: BlobId) -> str:
+        if self._part(blob).file is None or self._cache.has(self.pieces(blob).digest):
+            return "flash"
+        return self._origin.tier if self.nodes is None or self.nodes.serving is None else "edge"
 
-        The tier of its last byte. Raises CorruptBlob where the origin's are other bytes than were packed.
+    def bring(self, blobs: Sequence[BlobId]) -> None:
+        """Have blobs on flash before they are read, if they fit: those that lie side by side come by one range.
+
+        Raises RemoteUnavailable, PackError, UsageError.
+        """
+        wanted: dict[str, set[Range]] = defaultdict(set)
+        for blob in blobs:
+            if self.tier(blob) != "flash":
+                pieces = self.pieces(blob)
+                (extent,) = pieces.extents
+                wanted[Path(extent.file).name].add(Range(extent.offset, self.nbytes(blob), pieces.digest))
+        runs = [(name, run) for name, ranges in wanted.items() for run in coalesced(ranges)]
+        if self._cache.holds(sum(one.nbytes for _, run in runs for one in run)):
+            with ThreadPoolExecutor(IN_FLIGHT, "comoe-bring") as pool:
+                for bringing in [pool.submit(self._bring, name, run) for name, run in runs]:
+                    bringing.result()
+
+    def _bring(self, name: str, run: Sequence[Range]) -> None:
+        """Keep of one range what is right; what is not will be read as ever."""
+        start = run[0].start
+        data = memoryview(bytearray(run[-1].stop - start))
+        tier = self._fill(name, start, data)
+        for one in run:
+            part = data[one.start - start : one.stop - start]
+            if blake3(part).hexdigest() == one.digest:
+                self._brought[one.digest] = tier
+                self._cache.put(one.digest, part)
+
+    def _fill(self, name: str, start: int, into: memoryview) -> str:
+        """Fill `into` from the edge node that serves, what that does not send from the origin; the last byte's tier."""
+        came = self.nodes.fetch(name, start, into) if self.nodes is not None else 0
+        self._origin.fetch(name, start + came, into[came:])
+        return "edge" if came == len(into) else self._origin.tier
+
+    def _fetch(self, blob: BlobId, pieces: Pieces, into: memoryview) -> str:
+        """Bring a blob, from the origin alone where what came was wrong; its tier.
+
+        Raises CorruptBlob where the origin's are other bytes than were packed.
         """
         (extent,) = pieces.extents
         name = Path(extent.file).name
-        came = self.nodes.fetch(name, extent.offset, into) if self.nodes is not None else 0
-        for at in dict.fromkeys((came, 0)):
-            self._origin.fetch(name, extent.offset + at, into[at:])
-            if blake3(into).hexdigest() == pieces.digest:
-                return "edge" if at == len(into) else self._origin.tier
+        tier = self._fill(name, extent.offset, into)
+        if blake3(into).hexdigest() == pieces.digest:
+            return tier
+        self._origin.fetch(name, extent.offset, into)
+        if blake3(into).hexdigest() == pieces.digest:
+            return self._origin.tier
         raise CorruptBlob(f"{self._where(blob)} came with other bytes than were packed; nothing was done with them.")
 
     def reading(self) -> tuple[float, float]:

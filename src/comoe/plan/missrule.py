@@ -20,26 +20,18 @@ class MissRule(NamedTuple):
         return cheap and self.ledger.allows_floor(layer, gate, decode=decode)
 
 
-class MissTimes(NamedTuple):
-    """What experts that are not in memory take, in seconds, as measured: a byte that is read here; one exchange with an
-    edge node, and each expert that it runs in it."""
+def num_away(read_s: Sequence[float], exchange_s: float, run_s: float) -> int:
+    """How many of a layer's missing experts, each of which is read in so many seconds, an edge node runs: the last
+    ones, while the others are read here one after the other. What costs least; of two that do, the fewest.
 
-    byte_s: float
-    exchange_s: float
-    run_s: float
-
-
-def num_away(nbytes: Sequence[int], times: MissTimes) -> int:
-    """How many of a layer's missing experts, of so many bytes each, an edge node runs: the last ones, while the others
-    are read here one after the other. What costs least; of two that do, the fewest.
-
-    What was run away is read in the background, which takes its share of the time of other reads.
+    One exchange with the node takes `exchange_s`, and each expert that it runs in it `run_s`. What was run away is read
+    in the background, which takes its share of the time of other reads.
     """
-    read_s = [0.0, *(total * times.byte_s for total in accumulate(nbytes))]
+    read = [0.0, *accumulate(read_s)]
 
     def seconds(away: int) -> float:
-        here_s = read_s[len(nbytes) - away]
-        away_s = times.exchange_s + away * times.run_s if away else 0.0
-        return max(here_s, away_s) + BACKGROUND_SHARE * (read_s[-1] - here_s)
+        here_s = read[len(read_s) - away]
+        away_s = exchange_s + away * run_s if away else 0.0
+        return max(here_s, away_s) + BACKGROUND_SHARE * (read[-1] - here_s)
 
-    return min(range(len(nbytes) + 1), key=seconds)
+    return min(range(len(read_s) + 1), key=seconds)

@@ -21,10 +21,10 @@ from torch import Tensor
 from comoe.forms.plain import Floats, PlainMath
 from comoe.net.remote_run import Node, RemoteRun, Timed, manifest_hash
 from comoe.net.wire import MAX_USES, RunRequest, Uses
-from comoe.plan.missrule import MissTimes, num_away
+from comoe.plan.missrule import num_away
 from comoe.store.manifest import Manifest
 from comoe.store.pack import Pack
-from comoe.types import ComoeError, ExpertId, RemoteUnavailable
+from comoe.types import BlobId, ComoeError, ExpertId, RemoteUnavailable
 
 PROBES = 5
 RECENT = 0.2
@@ -46,12 +46,12 @@ CLOSE = 1e-3
 
 
 class Wanted(NamedTuple):
-    """A use that misses: its position in the chunk, expert, form, bytes to read for it, and rows of the chunk."""
+    """A use that misses: its position in the chunk, expert, form, what to read for it, and rows of the chunk."""
 
     position: int
     expert: int
     form: str
-    nbytes: int
+    blobs: tuple[BlobId, ...]
     tokens: tuple[int, ...]
 
 
@@ -155,7 +155,7 @@ class Sent:
 class RemoteTier:
     """The edge nodes of a model, of which the one of the URL `serving` runs experts. One thread calls.
 
-    Each node has a thread that talks to it. `byte_s` says what reading a byte here takes, None while that is unknown.
+    Each node has a thread that talks to it. `read_s` says what reading a blob takes here, None while that is unknown.
     """
 
     def __init__(
@@ -163,31 +163,32 @@ class RemoteTier:
         links: Sequence[Link],
         serving: Callable[[], str | None],
         manifest: Manifest,
-        byte_s: Callable[[], float | None],
+        read_s: Callable[[BlobId], float | None],
         clock: Callable[[], float],
     ) -> None:
         self._links, self._serving = {link.remote.url: link for link in links}, serving
-        self._byte_s, self._clock = byte_s, clock
+        self._read_s, self._clock = read_s, clock
         self._forms = {form: at for at, form in enumerate(manifest.forms)}
         self._before: str | None = None
         self.counts = RemoteCounts()
 
     def send(self, layer: int, plain: PlainMath, wanted: Sequence[Wanted], x: Tensor) -> Sent | None:
         """Let the node run those of `wanted` that are sooner there so than read; None where none are."""
-        link, byte_s = self._link(self._clock()), self._byte_s()
-        if link is None or byte_s is None:
+        link = self._link(self._clock())
+        if link is None:
             return None
-        times = MissTimes(byte_s, link.exchange_s, link.run_s)
-        away = num_away([use.nbytes for use in wanted], times)
+        timed = sorted(((self._use_s(use), use) for use in wanted), key=lambda pair: pair[0])
+        away = num_away([read_s for read_s, _ in timed], link.exchange_s, link.run_s)
         if not away:
             return None
-        some = tuple(wanted[len(wanted) - away :])
+        slowest = timed[len(timed) - away :]
+        some = tuple(use for _, use in slowest)
         request = self._request(link, layer, plain, some, x)
         if len(request.uses) > MAX_USES:
             return None
         expected_s = link.exchange_s + len(request.uses) * link.run_s
         exchange = link.thread.submit(link.remote.run, request)
-        reading_s = byte_s * sum(use.nbytes for use in some)
+        reading_s = sum(read_s for read_s, _ in slowest)
         return Sent(some, exchange, link, max(LEAST_PATIENCE_S, PATIENCE * expected_s, reading_s))
 
     def outputs(self, sent: Sent, dtype: torch.dtype) -> list[Tensor] | None:
@@ -205,6 +206,10 @@ class RemoteTier:
         self.counts.nbytes += timed.nbytes
         found = torch.from_numpy(timed.answer.y).to(dtype)
         return list(torch.split(found, rows))
+
+    def _use_s(self, use: Wanted) -> float:
+        """What reading for a use takes; 0 while that is unknown, so that it is read."""
+        return sum(self._read_s(blob) or 0.0 for blob in use.blobs)
 
     def close(self) -> None:
         for link in self._links.values():

@@ -209,7 +209,7 @@ class ServedLayer:
             return None
         resident = serving.cache.residents([way.blobs for way in ways])
         wanted = [
-            Wanted(at, use.expert, way.form, serving.nbytes(way), tuple(use.tokens.tolist()))
+            Wanted(at, use.expert, way.form, way.blobs, tuple(use.tokens.tolist()))
             for at, (use, way) in enumerate(zip(uses, ways, strict=True))
             if not resident[at]
         ]

@@ -148,7 +148,7 @@ class Loader:
         self._work = Workload(options.context, dtype_of(pack.manifest, options.dtype), forms)
         self._dtype = TORCH_DTYPES[self._work.dtype]
         self.pin = _pin(self.ladder, options)
-        self._source = TimedSource(pack, perf_counter)
+        self._source = TimedSource(pack, perf_counter, pack.tier)
         self.new_cache: NewCache = partial(BlobCache, io_threads=LINK_THREADS) if pack.remote else BlobCache
         process.steady_malloc()
         process.bound_kernel_caches()
@@ -205,7 +205,7 @@ class Loader:
 
     def pace(self, seconds: Callable[[int], float]) -> None:
         """Let reads of so many bytes take so long: the scale model."""
-        self._source = TimedSource(Paced(self.pack, seconds), perf_counter)
+        self._source = TimedSource(Paced(self.pack, seconds), perf_counter, self.pack.tier)
 
     def planner(self) -> Planner:
         """A planner with this device's rates; what a token costs beside its experts is not known yet."""
@@ -307,9 +307,10 @@ class Loader:
             return None
         right = known_answer(self.pack, math.plain, exact=self.options.max_loss == 0)
         links = open_links(self.options.edges, nodes.there, self.pack, right, perf_counter)
-        times = (lambda: self._source.byte_s, perf_counter)
-        tier = RemoteTier(links, lambda: nodes.serving, self.pack.manifest, *times)
-        return on_failure.enter_context(closing(tier))
+        manifest, read_s = self.pack.manifest, self._source.expected_s
+        return on_failure.enter_context(
+            closing(RemoteTier(links, lambda: nodes.serving, manifest, read_s, perf_counter))
+        )
 
     def _serve(
         self,
@@ -336,7 +337,9 @@ class Loader:
             serving.patience_s = LINK_PATIENCE_S if self.pack.remote else 0.0
             if plan.floor is not None:
                 ways = [serving.way(*expert, plan.floor) for expert in self.most_used]
-                cache.hold(list(dict.fromkeys(blob for way in ways for blob in way.blobs)))
+                blobs = list(dict.fromkeys(blob for way in ways for blob in way.blobs))
+                self.pack.bring(blobs)
+                cache.hold(blobs)
             if nodes is not None:
                 nodes.hot = partial(hot_experts, serving)
                 serving.remote = self._remote(on_failure, nodes, maths[0])

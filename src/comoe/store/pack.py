@@ -73,6 +73,13 @@ class Pack:
         self.read(blob, memoryview(into))
         return bytes(into)
 
+    def bring(self, blobs: Sequence[BlobId]) -> None:
+        """Have blobs near before they are read. Nothing to do: they are."""
+
+    def tier(self, blob: BlobId) -> str:
+        """Where `blob` would be read from now."""
+        return "flash"
+
     def pieces(self, blob: BlobId) -> Pieces:
         """Where the bytes of `blob` lie. Paths are absolute."""
         part = self._part(blob)
