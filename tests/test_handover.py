@@ -75,7 +75,7 @@ def test_who_may_serve_next_is_told_once_each_of_what_is_seen_and_of_what_histor
 def test_a_silent_link_is_lost_and_the_other_node_serves_in_the_same_moment() -> None:
     machine = attached()
     events = machine.tick({"a": Sight(1.0, RULE.lost_s + 0.1), "b": there(9.0)}, 3.0)
-    assert kinds(events) == ["lost", "handover"] and machine.serving == "b"
+    assert kinds(events) == ["lost", "handover", "announced"] and machine.serving == "b"
     assert events[1].before == "a"
 
 
@@ -105,7 +105,7 @@ def test_a_node_that_is_not_seen_at_all_is_lost() -> None:
 def test_a_stalled_node_is_left_and_avoided_longer_each_time() -> None:
     machine = attached()
     stalled = {"a": there(1.0, RULE.stalled_s + 0.1), "b": there(5.0)}
-    assert kinds(machine.tick(stalled, 1.05)) == ["stalled", "handover"] and machine.serving == "b"
+    assert kinds(machine.tick(stalled, 1.05)) == ["stalled", "handover", "announced"] and machine.serving == "b"
     alluring = {"a": there(0.1), "b": there(5.0)}
     assert run(machine, alluring, RULE.barred_s - 0.2, 1.1) == []
     assert kinds(run(machine, alluring, 2, 6.1)) == ["announced", "handover"]

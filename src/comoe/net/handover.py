@@ -162,14 +162,18 @@ class Handover:
                 return []
             node = min(steady, key=lambda name: (there[name], name))
         kind: Kind = "attached" if first else "handover" if before is not None else "back"
-        return [self._serve(kind, node, before, now_s)]
+        return self._serve(kind, node, before, now_s)
 
-    def _serve(self, kind: Kind, node: str, before: str | None, now_s: float) -> Event:
+    def _serve(self, kind: Kind, node: str, before: str | None, now_s: float) -> list[Event]:
+        """Let a node serve; one that takes over without having been told what is used is told now."""
+        events = [Event(kind, now_s, node, before)]
         if before is not None and before != node:
             self.history.moved(before, node)
+            if node not in self._told:
+                events.append(Event("announced", now_s, node))
         self.serving, self._since_s, self._candidate, self._before = node, now_s, None, None
         self._told.clear()
-        return Event(kind, now_s, node, before)
+        return events
 
     def _compare(self, serving: str, there: Mapping[str, float], now_s: float, *, hangs: bool) -> list[Event]:
         """Move to a better node; where a request `hangs`, first see whether the serving one is stalled or goes on."""
@@ -184,7 +188,7 @@ class Handover:
         waited_s = now_s - max(self._candidate_s, self._since_s)
         if waited_s < self.rule.trigger_s or hangs:
             return []
-        return [self._serve("handover", self._candidate, serving, now_s)]
+        return self._serve("handover", self._candidate, serving, now_s)
 
     def _announce(self, serving: str, candidate: str, now_s: float) -> list[Event]:
         """Tell who may serve next, by what is seen and by history, what the session uses: each once."""
