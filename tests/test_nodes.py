@@ -65,8 +65,8 @@ def test_bytes_come_from_the_node_that_serves_and_none_from_the_origin(
         assert read(pack, blob) == local.read_bytes(blob)
     assert not origin.asked and nodes.serving == edge.url
     assert source_of(pack) == "edge"
-    rate_bps = nodes.rate_bps
-    assert rate_bps is not None and rate_bps > 0
+    rate_bps, trip_s = pack.link_now()
+    assert nodes.link is not None and rate_bps > 0 and trip_s > 0
 
 
 def test_a_range_that_breaks_goes_on_at_the_origin(stack: ExitStack, published: Path, tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_another_node_takes_over_and_every_event_is_counted_and_logged(
     assert source_of(pack) == "edge" and any("packs" in path for path, _ in other.asked)
     other.leave_after = 0
     until(lambda: nodes.serving is None)
-    assert nodes.rate_bps is None and source_of(pack) == "origin"
+    assert nodes.link is None and source_of(pack) == "origin"
     first.leave_after = None
     until(lambda: nodes.serving == first.url)
     assert {"attached", "lost", "handover", "back"} <= {kind for kind, count in nodes.counts.items() if count}

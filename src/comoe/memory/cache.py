@@ -101,9 +101,19 @@ class BlobCache:
                 with self._changed:
                     self._residency.hold([few[position]])
 
-    def prefetch(self, groups: Sequence[Group]) -> None:
-        """Hint that `groups` will be wanted; read when nothing is demanded. Errors are counted, not raised."""
+    def resident_blobs(self) -> list[BlobId]:
+        """All blobs in memory now."""
         with self._changed:
+            return self._residency.residents()
+
+    def prefetch(self, groups: Sequence[Group], *, instead: bool = False) -> None:
+        """Hint that `groups` will be wanted; read when nothing is demanded. Errors are counted, not raised.
+
+        `instead`: of what was hinted at before and not begun, nothing is read.
+        """
+        with self._changed:
+            if instead:
+                self._residency.forget_hints()
             for group in groups:
                 self._residency.prefetch(group)
             self._changed.notify_all()

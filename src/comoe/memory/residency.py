@@ -156,6 +156,14 @@ class Residency:
                 self._entries[blob].pins += 1
                 self._held_bytes += self._entries[blob].nbytes
 
+    def forget_hints(self) -> None:
+        """Nothing that was hinted at is to be read any more."""
+        self._hints.clear()
+
+    def residents(self) -> list[BlobId]:
+        """All blobs in memory."""
+        return [blob for blob, entry in self._entries.items() if not entry.loading]
+
     def prefetch(self, group: Iterable[BlobId]) -> None:
         """Read `group` when nothing is demanded and if room can be made. A hint: it may never happen."""
         self._hints.extend(blob for blob in group if blob not in self._entries)

@@ -98,10 +98,10 @@ class EdgeNodes:
         return self._roaming.links()
 
     @property
-    def rate_bps(self) -> float | None:
-        """Bytes per second that may be counted on from the node that serves; None without a link."""
+    def link(self) -> LinkState | None:
+        """The link to the node that serves; None without one."""
         serving = self.serving
-        return None if serving is None else self.links()[serving].rate_bps
+        return None if serving is None else self.links()[serving]
 
     def fetch(self, name: str, start: int, into: memoryview) -> int:
         """Fill `into` from byte `start` of the file `name`; how many bytes came before no node was left to ask.

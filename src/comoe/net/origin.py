@@ -7,7 +7,9 @@ import os
 import random
 from collections.abc import Iterator
 from datetime import timedelta
+from math import inf
 from pathlib import Path
+from threading import Lock
 from time import monotonic, sleep
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
@@ -18,6 +20,8 @@ from obstore.store import from_url
 
 from comoe.net.address import Access, is_url
 from comoe.net.breaker import FAILURES, Breaker, Throttle
+from comoe.net.links import Link
+from comoe.net.meter import Meter
 from comoe.store.manifest import Manifest
 from comoe.types import PackError, RemoteUnavailable, UsageError
 
@@ -61,14 +65,32 @@ class Origin:
         self.url, self.tier = url.rstrip("/"), "origin"
         self._store, self._leash = _store(self.url, access, leash), leash
         self._breaker, self._why = Breaker(monotonic), ""
+        self._meter, self._lock = Meter(Link()), Lock()
         self._throttle = Throttle(access.link[0], monotonic, sleep) if access.link else None
+
+    @property
+    def rate_bps(self) -> float | None:
+        """Bytes per second that may be counted on, by what was fetched; None before anything was."""
+        with self._lock:
+            link = self._meter.link
+            self._meter.flush(monotonic())
+            return None if link.rated_s == -inf else link.rate_bps
 
     def fetch(self, name: str, start: int, into: memoryview) -> None:
         """Fill `into` from byte `start` of the file `name`. Raises RemoteUnavailable, PackError, UsageError."""
-        at = 0
-        for chunk in self.stream(name, start, start + len(into)):
-            into[at : at + len(chunk)] = chunk
-            at += len(chunk)
+        at, failed = 0, True
+        with self._lock:
+            request = self._meter.begin(monotonic())
+        try:
+            for chunk in self.stream(name, start, start + len(into)):
+                into[at : at + len(chunk)] = chunk
+                at += len(chunk)
+                with self._lock:
+                    self._meter.came(request, len(chunk), monotonic())
+            failed = False
+        finally:
+            with self._lock:
+                self._meter.end(request, monotonic(), failed=failed)
 
     def read(self, name: str, most: int) -> bytes:
         """A whole file of at most so many bytes. PackError where it is not there or larger."""

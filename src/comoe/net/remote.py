@@ -130,6 +130,13 @@ class RemotePack(Pack):
             self._link = self._origin.measured(self.manifest)
         return self._link
 
+    def link_now(self) -> tuple[float, float]:
+        """Bytes per second that may be counted on from who serves now, and seconds of its round trip."""
+        if self.nodes is not None and (link := self.nodes.link) is not None:
+            return link.rate_bps, link.rtt_s or 0.0
+        rate_bps, trip_s = self.reading()
+        return self._origin.rate_bps or rate_bps, trip_s
+
     def close(self) -> None:
         super().close()
         self._cache.close()

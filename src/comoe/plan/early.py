@@ -2,11 +2,16 @@
 
 from math import inf
 
-from comoe.plan.ladder import Ladder
-from comoe.plan.pin import Pin
+import numpy as np
+
+from comoe.plan.ladder import Ladder, Rung
+from comoe.plan.pin import Pin, smallest
 
 SHARE = 0.08
 """Of the experts' bytes, what the first answer may wait for."""
+
+MOST_STEPS = 8
+"""So many targets are compared while a link is followed."""
 
 
 def early(ladder: Ladder, budget: int, max_loss: float) -> Pin | None:
@@ -20,8 +25,23 @@ def early(ladder: Ladder, budget: int, max_loss: float) -> Pin | None:
         return None
     small = [rung for rung in within if rung.nbytes <= SHARE * ladder.expert_bytes_bf16]
     floor = max(small, key=lambda rung: rung.nbytes) if small else min(within, key=lambda rung: rung.nbytes)
-    finer = [rung for rung in within if rung.nbytes > floor.nbytes and rung.price <= floor.price]
-    targets = [rung for rung in finer if floor.nbytes + rung.beside(floor) <= budget]
+    targets = [rung for rung in _finer(ladder, floor, max_loss) if floor.nbytes + rung.beside(floor) <= budget]
     if not targets:
         return None
     return Pin(floor.name, max(targets, key=lambda rung: rung.nbytes).name, inf)
+
+
+def steps(ladder: Ladder, floor: Rung, budget: int, max_loss: float) -> list[Rung]:
+    """What may be read towards beside a floor in `budget` bytes of experts, from coarse to fine.
+
+    Some rungs, spread over all that are within the bound and of which a few experts have room.
+    """
+    found = [rung for rung in _finer(ladder, floor, max_loss) if smallest(ladder, Pin(floor.name, rung.name)) <= budget]
+    found.sort(key=lambda rung: rung.nbytes)
+    spread = np.linspace(0, len(found) - 1, min(MOST_STEPS, len(found))).astype(int)
+    return [found[at] for at in np.unique(spread).tolist()]
+
+
+def _finer(ladder: Ladder, floor: Rung, max_loss: float) -> list[Rung]:
+    """The rungs within a bound that have more bytes than a floor and lose no more."""
+    return [rung for rung in ladder.within(max_loss) if rung.nbytes > floor.nbytes and rung.price <= floor.price]

@@ -154,9 +154,9 @@ def _curve(ladder: Ladder) -> Array:
     return np.stack([x[kept], np.maximum.accumulate(y[kept])])
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Streaming:
-    """The plans of a ladder for a link, in `capacity` bytes of memory, at a pace."""
+    """The plans of a ladder for a link, in `capacity` bytes of memory, at a pace: both may change."""
 
     forms: Forms
     rungs: tuple[Rung, ...]

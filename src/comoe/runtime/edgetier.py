@@ -172,6 +172,13 @@ class RemoteTier:
         self._before: str | None = None
         self.counts = RemoteCounts()
 
+    @property
+    def layer_s(self) -> float:
+        """Seconds that a layer takes whose misses the node runs; inf while none serves that is known to be right."""
+        url = self._serving()
+        link = self._links[url] if url is not None else None
+        return link.exchange_s + link.run_s if link is not None and link.measured and not link.failures else inf
+
     def send(self, layer: int, plain: PlainMath, wanted: Sequence[Wanted], x: Tensor) -> Sent | None:
         """Let the node run those of `wanted` that are sooner there so than read; None where none are."""
         link = self._link(self._clock())

@@ -10,11 +10,13 @@ from torch import Tensor
 
 from comoe.device import process
 from comoe.memory.cache import BlobCache
+from comoe.plan.ladder import Ladder, Prices
 from comoe.plan.ledger import Ledger
 from comoe.plan.planner import Plan
 from comoe.plan.snapshot import Snapshot
 from comoe.runtime.choices import Choices
 from comoe.runtime.edgetier import RemoteCounts
+from comoe.runtime.following import Following, following_of
 from comoe.runtime.layer import Counts, Serving, Use
 from comoe.runtime.live import Live
 from comoe.runtime.seen import nothing, profile_between
@@ -65,6 +67,7 @@ class Comoe:
         self._changing = threading.RLock()
         self.choices: Choices | None = None
         self.live: Live | None = None
+        self.following: Following | None = None
         self.nodes = nodes
         if promise is not None:
             serving.before_read = self._guard
@@ -127,9 +130,12 @@ class Comoe:
                 self._promise = self._promise._replace(memory=capacity + self._promise.beside)
             self._switched(reason)
 
-    def follow(self, plan: Plan, reason: str) -> None:
-        """Go on by `plan`, whose floor and target are those of the plan that there is."""
+    def follow(self, plan: Plan, reason: str, prices: Prices | None = None) -> None:
+        """Go on by `plan`, whose floor is that of the plan that there is, as is its target where there are no `prices`
+        for another one."""
         with self._changing:
+            if prices is not None:
+                self.ledger.prices = prices
             self._serving.plan = plan
             self._switched(reason)
 
@@ -139,6 +145,7 @@ class Comoe:
         `prefetched_bytes` were read before they were asked for, `prefetch_wasted_bytes` of them left unused, since the
         model was loaded; `prefetching` says whether that goes on, None where there is nothing to go by.
         `link_failures` uses took the floor because no node had their experts' bytes, others waited `link_wait_ms`.
+        `plan_switches` plans followed a link since the model was loaded.
         `edge_events` counts what became of links to edge nodes since then, by kind, and `announced_experts` those that
         nodes were told of; `edge` is the node that serves, None without a link.
         `edge_runs` uses were run by edge nodes since then, in `edge_bytes` of messages; `edge_failures` requests to
@@ -159,6 +166,7 @@ class Comoe:
             "bytes_read": {tier: nbytes - self._read_before.get(tier, 0) for tier, nbytes in read.items()},
             "link_failures": counts.link_failures,
             "link_wait_ms": 1e3 * counts.link_wait_s,
+            "plan_switches": self.following.switches if self.following is not None else 0,
             "edge": self.nodes.serving if self.nodes is not None else None,
             "edge_events": self.nodes.counts if self.nodes is not None else {},
             "announced_experts": self.nodes.announced.experts if self.nodes is not None else 0,
@@ -194,6 +202,15 @@ class Comoe:
         self.live = Live(self, self._serving, self._pack, snapshot, replan)
         self.live.start(clock)
 
+    def follow_link(self, ladder: Ladder, token_s: float, clock: Callable[[], float]) -> None:
+        """From now on follow the link that bytes come over, where plans may: see `runtime.following`.
+
+        A token takes `token_s` with everything in memory.
+        """
+        self.following = following_of(self, self._serving, self._pack, ladder, token_s)
+        if self.following is not None:
+            self.following.start(clock)
+
     def check_context(self, tokens: int) -> None:
         """Raise UsageError where prompt and answer together are longer than what memory was sized for."""
         if tokens > self._context:
@@ -221,8 +238,9 @@ class Comoe:
 
     def close(self) -> None:
         """Stop all threads and close files. The model cannot run afterwards."""
-        if self.live is not None:
-            self.live.close()
+        for driver in (self.live, self.following):
+            if driver is not None:
+                driver.close()
         if self._serving.remote is not None:
             self._serving.remote.close()
         if self.nodes is not None:

@@ -90,7 +90,8 @@ class Serving:
     `prefetcher` says what comes next; None where nothing is read ahead. `settle` is told whether a use that has a floor
     would take it, and answers whether it does. `early`: prompts may take floors, too. `remote` are edge nodes that run
     what misses; None without any. Where nobody has the bytes of a use that may take no floor, it waits for a link, for
-    `patience_s` at most.
+    `patience_s` at most. `steps` are the rungs, coarse to fine, that the plan's target may be one of while it runs: of
+    them the finest form that is there is served.
     """
 
     manifest: Manifest
@@ -105,6 +106,7 @@ class Serving:
     early: bool = False
     remote: RemoteTier | None = None
     patience_s: float = 0.0
+    steps: tuple[str, ...] = ()
     rungs: dict[str, list[list[Way]]] = field(default_factory=dict)
     seen: list[tuple[Seen, Seen]] = field(init=False)
     """By layer: of prefill, and of decoding."""
@@ -119,6 +121,12 @@ class Serving:
             assignment = enumerate(self.manifest.assignment(rung))
             self.rungs[rung] = [[self._way(at, e, form) for e, form in enumerate(forms)] for at, forms in assignment]
         return self.rungs[rung][layer][expert]
+
+    def finest(self, layer: int, expert: int) -> tuple[int, Way] | None:
+        """How `expert` runs in the finest of the steps that is in memory, and which one that is; None where none is."""
+        ways = [self.way(layer, expert, step) for step in self.steps]
+        there = self.cache.residents([way.blobs for way in ways])
+        return next(((at, ways[at]) for at in reversed(range(len(ways))) if there[at]), None)
 
     def nbytes(self, way: Way) -> int:
         """Bytes of what it needs."""
@@ -227,11 +235,14 @@ class ServedLayer:
         """The miss rule: the wanted form if it is there or worth waiting for, else the floor."""
         serving, plan = self.serving, self.serving.plan
         way = serving.way(self._index, use.expert, plan.target)
-        hit = serving.cache.resident(way.blobs)
+        hit, there = serving.cache.resident(way.blobs), None
+        if serving.steps and (there := serving.finest(self._index, use.expert)) is not None:
+            hit = there[0] >= serving.steps.index(plan.target)
+            way = there[1] if hit else way
         floor = plan.floor if (decode or serving.early) and self._takes_floor(use, hit, decode=decode) else None
         if floor is not None:
             serving.cache.prefetch([way.blobs])
-            way = serving.way(self._index, use.expert, floor)
+            way = there[1] if there is not None else serving.way(self._index, use.expert, floor)
         serving.counts.uses += 1
         serving.counts.hits += hit and floor is None
         serving.counts.floor_uses += floor is not None

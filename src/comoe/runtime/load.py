@@ -23,9 +23,9 @@ from comoe.net.address import Access
 from comoe.net.place import open_nodes, open_pack
 from comoe.net.remote_run import Node
 from comoe.plan.cost import Costs
-from comoe.plan.early import early
+from comoe.plan.early import early, steps
 from comoe.plan.footprint import FIRST_USE_FILE_BYTES, Workload, advised, beside_experts, dtype_of, unseen_bytes
-from comoe.plan.ladder import Band, Ladder, ladder_of
+from comoe.plan.ladder import Band, Ladder, Rung, ladder_of
 from comoe.plan.ledger import Ledger
 from comoe.plan.pin import Pin, deterministic, pinned, smallest
 from comoe.plan.planner import Plan, Planner, uniform
@@ -228,6 +228,13 @@ class Loader:
             return self.pin
         return early(self.ladder, budget, self.options.max_loss)
 
+    def _steps(self, floor: Rung | None, budget: int) -> list[Rung]:
+        """What a link's plans may read towards, coarse to fine; none where outputs are to depend on no link."""
+        given = self.pin is not None or self.options.log
+        if floor is None or given or not self.pack.remote:
+            return []
+        return steps(self.ladder, floor, budget, self.options.max_loss)
+
     def _followed(self, model: Any, planner: Planner) -> Any:
         """`model`, with its choices kept and its device watched as far as that is wanted."""
         handle, options = model.comoe, self.options
@@ -236,6 +243,8 @@ class Loader:
             handle.keep_choices(Choices(now, options.replay))
         if options.live:
             handle.watch(Monitor(self._source.take_bps).snapshot, partial(self._replan, planner), monotonic)
+        if self.pack.remote:
+            handle.follow_link(self.ladder, planner.costs.framework_ms.high / 1e3, monotonic)
         return model
 
     def _replan(self, planner: Planner, profile: Profile, budget: int) -> Plan:
@@ -324,7 +333,8 @@ class Loader:
         manifest = self.pack.manifest
         floor = self.ladder.rung(plan.floor) if plan.floor else None
         target = self.ladder.rung(plan.target)
-        largest = target.group_beside(floor)
+        rungs = self._steps(floor, capacity)
+        largest = max(rung.group_beside(floor) for rung in (target, *rungs))
         streams = self.options.live or plan.floor_bytes + target.beside(floor) > capacity
         with ExitStack() as on_failure:
             maths = self._maths(model)
@@ -334,6 +344,7 @@ class Loader:
             ledger = Ledger(prices, options.max_loss, manifest.routing_price)
             prefetcher = self._prefetcher(foresight or {}) if streams else None
             serving = Serving(manifest, cache, plan, ledger, prefetcher=prefetcher, early=self.pack.remote)
+            serving.steps = tuple(rung.name for rung in rungs)
             serving.patience_s = LINK_PATIENCE_S if self.pack.remote else 0.0
             if plan.floor is not None:
                 ways = [serving.way(*expert, plan.floor) for expert in self.most_used]
