@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ladders import ladder, ladders
 
-from comoe.plan.early import SHARE, early
+from comoe.plan.early import MOST_STEPS, SHARE, early, steps
 from comoe.plan.ladder import Ladder
-from comoe.plan.pin import Pin, smallest
+from comoe.plan.pin import Pin, pinned, smallest
 
 BLOBS = {"merged": 4096, "high": 16384, "low": 16384, "exact": 65536}
 USE = [[0.5, 0.5], [0.5, 0.5]]
@@ -53,3 +53,19 @@ def test_it_keeps_the_budget_and_the_bound(found: Ladder, budget: int, bound: fl
         assert floor.nbytes <= SHARE * found.expert_bytes_bf16 or not smaller
         assert target.price <= floor.price <= bound and target.nbytes > floor.nbytes
         assert floor.nbytes + target.beside(floor) <= budget and smallest(found, pin) <= budget
+
+
+@given(ladders(), st.integers(0, 1 << 23), st.sampled_from([0.01, 0.05, 0.5]))
+def test_what_is_read_towards_goes_from_coarse_to_fine_within_bound_and_budget_and_has_the_target(
+    found: Ladder, budget: int, max_loss: float
+) -> None:
+    pin = early(found, budget, max_loss)
+    if pin is None or pin.floor is None:
+        return
+    floor = found.rung(pin.floor)
+    rungs = steps(found, pinned(found, pin, budget), budget, max_loss)
+    assert pin.target in [rung.name for rung in rungs] and len(rungs) <= MOST_STEPS + 1
+    assert [rung.nbytes for rung in rungs] == sorted(rung.nbytes for rung in rungs)
+    for rung in rungs:
+        assert rung.price <= max_loss and floor.nbytes < rung.nbytes
+        assert smallest(found, Pin(floor.name, rung.name)) <= budget

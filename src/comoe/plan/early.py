@@ -6,6 +6,7 @@ import numpy as np
 
 from comoe.plan.ladder import Ladder, Rung
 from comoe.plan.pin import Pin, smallest
+from comoe.plan.planner import Plan
 
 SHARE = 0.08
 """Of the experts' bytes, what the first answer may wait for."""
@@ -31,15 +32,18 @@ def early(ladder: Ladder, budget: int, max_loss: float) -> Pin | None:
     return Pin(floor.name, max(targets, key=lambda rung: rung.nbytes).name, inf)
 
 
-def steps(ladder: Ladder, floor: Rung, budget: int, max_loss: float) -> list[Rung]:
-    """What may be read towards beside a floor in `budget` bytes of experts, from coarse to fine.
+def steps(ladder: Ladder, plan: Plan, budget: int, max_loss: float) -> list[Rung]:
+    """What may be read towards beside a plan's floor in `budget` bytes of experts, from coarse to fine.
 
-    Some rungs, spread over all that are within the bound and of which a few experts have room.
+    The plan's target, and some rungs, spread over all that are within the bound and of which a few experts have room.
     """
+    assert plan.floor is not None
+    floor = ladder.rung(plan.floor)
     found = [rung for rung in _finer(ladder, floor, max_loss) if smallest(ladder, Pin(floor.name, rung.name)) <= budget]
     found.sort(key=lambda rung: rung.nbytes)
     spread = np.linspace(0, len(found) - 1, min(MOST_STEPS, len(found))).astype(int)
-    return [found[at] for at in np.unique(spread).tolist()]
+    some = {found[at].name for at in spread.tolist()} | {plan.target}
+    return [rung for rung in found if rung.name in some]
 
 
 def _finer(ladder: Ladder, floor: Rung, max_loss: float) -> list[Rung]:

@@ -196,7 +196,10 @@ class Comoe:
         self.choices, self._serving.settle = choices, choices.settle
 
     def watch(
-        self, snapshot: Callable[[], Snapshot], replan: Callable[[Profile, int], Plan], clock: Callable[[], float]
+        self,
+        snapshot: Callable[[], Snapshot],
+        replan: Callable[[Profile, int], Plan] | None,
+        clock: Callable[[], float],
     ) -> None:
         """From now on follow the device and the text: see `runtime.live`."""
         self.live = Live(self, self._serving, self._pack, snapshot, replan)

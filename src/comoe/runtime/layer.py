@@ -236,9 +236,10 @@ class ServedLayer:
         serving, plan = self.serving, self.serving.plan
         way = serving.way(self._index, use.expert, plan.target)
         hit, there = serving.cache.resident(way.blobs), None
-        if serving.steps and (there := serving.finest(self._index, use.expert)) is not None:
-            hit = there[0] >= serving.steps.index(plan.target)
-            way = there[1] if hit else way
+        if serving.steps and not (hit and plan.target == serving.steps[-1]):
+            there = serving.finest(self._index, use.expert)
+        if there is not None and (hit := there[0] >= serving.steps.index(plan.target)):
+            way = there[1]
         floor = plan.floor if (decode or serving.early) and self._takes_floor(use, hit, decode=decode) else None
         if floor is not None:
             serving.cache.prefetch([way.blobs])

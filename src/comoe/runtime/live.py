@@ -43,7 +43,7 @@ class Live:
     """Drives `handle` from a thread of its own until `close`; `step` is one round of it.
 
     `replan` makes a plan for text like a profile's in so many bytes of experts; DoesNotFit is no news, as the plan
-    that there is goes on.
+    that there is goes on. None where somebody else makes plans.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Live:
         serving: Serving,
         pack: Pack,
         snapshot: Callable[[], Snapshot],
-        replan: Callable[[Profile, int], Plan],
+        replan: Callable[[Profile, int], Plan] | None,
     ) -> None:
         self._handle, self._serving, self._pack = handle, serving, pack
         self._snapshot, self._replan = snapshot, replan
@@ -105,7 +105,7 @@ class Live:
     def _adapt(self, profile: Profile) -> None:
         """Follow the best plan for this text if it keeps the floor and the target; others would need another floor."""
         plan = self._serving.plan
-        if plan.floor is None:
+        if plan.floor is None or self._replan is None:
             return
         try:
             better = self._replan(profile, self._serving.cache.capacity)

@@ -228,12 +228,12 @@ class Loader:
             return self.pin
         return early(self.ladder, budget, self.options.max_loss)
 
-    def _steps(self, floor: Rung | None, budget: int) -> list[Rung]:
+    def _steps(self, plan: Plan, budget: int) -> list[Rung]:
         """What a link's plans may read towards, coarse to fine; none where outputs are to depend on no link."""
         given = self.pin is not None or self.options.log
-        if floor is None or given or not self.pack.remote:
+        if plan.floor is None or given or not self.pack.remote:
             return []
-        return steps(self.ladder, floor, budget, self.options.max_loss)
+        return steps(self.ladder, plan, budget, self.options.max_loss)
 
     def _followed(self, model: Any, planner: Planner) -> Any:
         """`model`, with its choices kept and its device watched as far as that is wanted."""
@@ -241,10 +241,11 @@ class Loader:
         if options.log or options.replay is not None:
             now = conditions(self.pack.manifest, handle.plan, options.max_loss, self._work.dtype)
             handle.keep_choices(Choices(now, options.replay))
-        if options.live:
-            handle.watch(Monitor(self._source.take_bps).snapshot, partial(self._replan, planner), monotonic)
         if self.pack.remote:
             handle.follow_link(self.ladder, planner.costs.framework_ms.high / 1e3, monotonic)
+        if options.live:
+            replan = partial(self._replan, planner) if handle.following is None else None
+            handle.watch(Monitor(self._source.take_bps).snapshot, replan, monotonic)
         return model
 
     def _replan(self, planner: Planner, profile: Profile, budget: int) -> Plan:
@@ -333,7 +334,7 @@ class Loader:
         manifest = self.pack.manifest
         floor = self.ladder.rung(plan.floor) if plan.floor else None
         target = self.ladder.rung(plan.target)
-        rungs = self._steps(floor, capacity)
+        rungs = self._steps(plan, capacity)
         largest = max(rung.group_beside(floor) for rung in (target, *rungs))
         streams = self.options.live or plan.floor_bytes + target.beside(floor) > capacity
         with ExitStack() as on_failure:
