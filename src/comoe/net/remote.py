@@ -20,7 +20,7 @@ from comoe.store.pack import Pack, Pieces, file_hash
 from comoe.store.whole import whole
 from comoe.types import BlobId, CorruptBlob, HostileFile, PackError, RemoteUnavailable
 
-IN_FLIGHT = 4
+IN_FLIGHT = 8
 """Ranges that are brought at once."""
 
 
