@@ -13,9 +13,11 @@ from comoe.testbed.namespaces import Host
 BURST_S = 0.01
 """Seconds at the rate that may go at once: timers are no finer."""
 
-LEAST_BURST = 16384
-LATENCY_MS = 100
-"""Of what waits for its turn; more is dropped, and slows the sender down."""
+LEAST_BURST = 1600
+"""A packet. It goes at once whenever the rate changes."""
+
+WAITING_S, LEAST_WAITING = 0.1, 8000
+"""Of what waits for its turn, in seconds and bytes; more is dropped, and slows the sender down."""
 
 LEAST_BPS = 1000.0
 """Bytes per second below which a link is cut."""
@@ -27,11 +29,9 @@ def shape(host: Host, interface: str, bps: float) -> None:
         host.tool("tc", "qdisc", "replace", "dev", interface, "root", "handle", "2:", "blackhole")
         return
     burst = max(LEAST_BURST, round(bps * BURST_S))
-    rate = f"{round(8 * bps)}bit"
-    host.tool(
-        "tc", "qdisc", "replace", "dev", interface, "root", "handle", "1:", "tbf",
-        "rate", rate, "burst", str(burst), "latency", f"{LATENCY_MS}ms",
-    )  # fmt: skip
+    limit = burst + max(LEAST_WAITING, round(bps * WAITING_S))
+    bucket = ("tbf", "rate", f"{round(8 * bps)}bit", "burst", str(burst), "limit", str(limit))
+    host.tool("tc", "qdisc", "replace", "dev", interface, "root", "handle", "1:", *bucket)
 
 
 class Shaped:
