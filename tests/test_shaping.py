@@ -49,7 +49,7 @@ def measured(wire: Wire, seconds: float) -> np.ndarray:
     return np.array([line.split() for line in found.stdout.splitlines()], np.float64).reshape(-1, 2)
 
 
-@pytest.mark.parametrize("told", [(8.0, 2.0, 16.0, 40.0), (0.6, 0.2, 2.4, 0.4)])
+@pytest.mark.parametrize("told", [(8.0, 2.0, 16.0, 40.0), (0.6, 0.3, 2.4, 0.6)])
 def test_a_shaped_wire_carries_what_the_recorded_link_says(network: None, told: tuple[float, ...]) -> None:
     mbps = np.array(told)
     rate = LinkRate.of(np.array([0.0, 3.0, 6.0, 9.0]), mbps * BPS_PER_MBPS, 12.0)

@@ -38,6 +38,11 @@ class Node:
         self._relay: subprocess.Popen[str] | None = None
 
     @property
+    def device(self) -> Host:
+        """The device of its site."""
+        return self._site.device
+
+    @property
     def url(self) -> str:
         """Where the device finds the server."""
         return f"http://{self.wire.far}:{RELAY_PORT}"
