@@ -118,9 +118,12 @@ class Driven:
 
     def _end(self) -> None:
         """The window is over: tell what there is to tell, and go, also from the middle of a token."""
-        found = {"stats": None, "loaded_s": None}
+        found: dict[str, Any] = {"stats": None, "loaded_s": None, "events": []}
         if self._model is not None:
-            found = {"stats": self._model.comoe.stats(), "loaded_s": self._loaded_s}
+            handle = self._model.comoe
+            log = handle.nodes.log if handle.nodes is not None else []
+            events = [event._replace(at_s=event.at_s - self._begun_s) for event in log]
+            found = {"stats": handle.stats(), "loaded_s": self._loaded_s, "events": events}
         self._write(found)
         os._exit(0)
 

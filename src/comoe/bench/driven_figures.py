@@ -88,8 +88,8 @@ def hit_share(counts: Sequence[Count], begin_s: float, end_s: float) -> float | 
 
 
 def recovery_s(before: Sequence[Count], after: Sequence[Count], move_s: float) -> float | None:
-    """Seconds after a move until the new node has, over `SPAN_S` from then on, nine tenths of the share of hits that the
-    one before had in the `SPAN_S` up to it; None where nothing can be said, or it never has."""
+    """Seconds after a move until the new node has, over `SPAN_S` from then on, nine tenths of the share of hits that
+    the one before had in the `SPAN_S` up to it; None where nothing can be said, or it never has."""
     wanted = hit_share(before, move_s - SPAN_S, move_s)
     if wanted is None:
         return None

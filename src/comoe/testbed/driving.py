@@ -62,8 +62,8 @@ class Device:
         return [json.loads(line) for line in written if line.endswith("\n")]
 
     def _check(self) -> None:
-        if self._process.poll():
-            raise OSError(f"the device ended with {self._process.returncode}: {self._errors.read_text('utf-8')[-2000:]}")
+        if code := self._process.poll():
+            raise OSError(f"the device ended with {code}: {self._errors.read_text('utf-8')[-2000:]}")
 
 
 def serve(node: Node, pack: str | Path, cache: Path, env: Mapping[str, str]) -> None:

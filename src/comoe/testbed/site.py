@@ -59,6 +59,11 @@ class Node:
         self.server.kill()
         self.server.wait()
 
+    def signal(self, number: int) -> None:
+        """Send its server a signal."""
+        assert self.server is not None
+        self.server.send_signal(number)
+
     def cut(self) -> None:
         """Let nothing more through to the device."""
         shape(self.host, self.wire.far_interface, 0.0)
