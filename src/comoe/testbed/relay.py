@@ -34,12 +34,15 @@ class Way:
 async def relay(listen: int, way: Way) -> asyncio.Server:
     """The relay at a port of all addresses, running."""
     chance = random.Random(way.seed)
+    meeting = set[asyncio.Task[None] | None]()  # asyncio itself keeps none whose device has gone
 
     async def meet(reader: StreamReader, writer: StreamWriter) -> None:
+        meeting.add(task := asyncio.current_task())
         try:
             far_reader, far_writer = await asyncio.open_connection(way.host, way.port)
         except OSError:
             writer.close()
+            meeting.discard(task)
             return
         try:
             await asyncio.sleep(way.rtt_s)  # the handshake beyond the relay
@@ -47,6 +50,7 @@ async def relay(listen: int, way: Way) -> asyncio.Server:
         finally:
             far_writer.close()
             writer.close()
+            meeting.discard(task)
 
     return await asyncio.start_server(meet, "0.0.0.0", listen, limit=4 * PIECE)
 
