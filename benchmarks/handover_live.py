@@ -2,9 +2,9 @@
 
 Real processes in network namespaces: a device in an exact session, two `comoe edge` nodes that read through from an
 origin, and the origin, whose address is the pack's. Recorded drives are cut to a minute around their first move from
-one node's cells to the other's; who is near has the shorter round trip. Wires carry what the drive recorded, or a steady
-rate; those from the origin to nodes what makes an expert take as long as the large model's over 1 Gbit/s. The device
-has decoded a while, near the first node, before a minute begins.
+one node's cells to the other's; who is near has the shorter round trip. Wires carry what the drive recorded, or a
+steady rate; those from the origin to nodes what makes an expert take as long as the large model's over 1 Gbit/s. The
+device has decoded a while, near the first node, before a minute begins.
 
 Faults, two nodes of which the first is near: it is killed; it stalls for 10 s; nothing gets through from either for 30
 s. Packs must be self-contained. Needs root, and the extra comoe[edge]. Rows are kept in --rows. Raw results lie beside

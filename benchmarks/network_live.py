@@ -1,9 +1,10 @@
 """Plans that follow a recorded link, really: a device and an edge node on a shaped wire; one JSON document on stdout.
 
 The windows, the text and the factor by which links are slowed down are those of `comoe bench network`, but time is
-real: the device loads the pack behind the node's address and decodes at a reader's pace; a window begins with the dense
-part on flash and no expert. Its worth is in tokens of the exact model: each that came counts as much as the text is
-likely, by the window's geometric mean, over how likely the exact model finds it. Loading counts, and waiting for a floor.
+real: the device loads the pack behind the node's address and decodes at a reader's pace; a window begins with the
+dense part on flash and no expert. Its worth is in tokens of the exact model: each that came counts as much as the text
+is likely, by the window's geometric mean, over how likely the exact model finds it. Loading counts, and waiting for a
+floor.
 
 The node is 27 ms away. A token goes through the small model's layers, not the large one's, so that misses that run
 elsewhere take fewer round trips than in virtual time. Packs must be self-contained. Needs root, and the extra

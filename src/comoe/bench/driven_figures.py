@@ -2,6 +2,7 @@
 
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from math import exp, inf, isfinite
 from statistics import median
 from typing import Any, NamedTuple
@@ -71,7 +72,8 @@ def identical(lines: Sequence[Row], known: Sequence[Known]) -> bool:
 def waits_s(lines: Sequence[Row], begin_s: float, end_s: float) -> list[float]:
     """Seconds between tokens that came from one moment to another, and to the end of the last wait."""
     at_s = [line["at_s"] for line in lines[:-1] if begin_s <= line["at_s"] < end_s]
-    return np.diff([begin_s, *at_s, end_s]).tolist()
+    moments = [begin_s, *at_s, end_s]
+    return [later_s - sooner_s for sooner_s, later_s in pairwise(moments)]
 
 
 def gaps_ms(lines: Sequence[Row], moves_s: Sequence[float], begin_s: float) -> tuple[list[float], list[float]]:
