@@ -51,7 +51,7 @@ WARM_S, WINDOW_S, BEFORE_S = 20.0, 60.0, 25.0
 """Decoding before a minute begins; the minute; and so much of it before the move."""
 
 FAULT_AT_S, STALL_S, CUT_S, FAULT_RUN_S = 30.0, 10.0, 30.0, 90.0
-STEADY_BPS, ORIGIN_BPS, BACKHAUL_BPS = STEADY_MBPS * BPS_PER_MBPS, 4.0 * BPS_PER_MBPS, 125e6
+ORIGIN_BPS, BACKHAUL_BPS = 4.0 * BPS_PER_MBPS, 125e6
 LATE_S = 5.0
 """So long after the end, wires still carry what they did: who is late ends by itself."""
 
@@ -72,6 +72,7 @@ def main() -> None:
     parser.add_argument("pack", type=Path, nargs="+", help="Packs made with --self-contained.")
     parser.add_argument("--shared", type=Path, required=True, help="The folder of the shared texts, drives and traces.")
     parser.add_argument("--drives", type=int, help="Only so many of the drives.")
+    parser.add_argument("--mbps", type=float, default=STEADY_MBPS, help="What wires carry where nothing was recorded.")
     parser.add_argument("--rows", type=Path, help="Finished rows, kept and taken from here.")
     asked = parser.parse_args()
     if reason := missing():
@@ -79,13 +80,13 @@ def main() -> None:
     folder, file = asked.shared / "data" / "mobility", RowFile(asked.rows)
     edge_of = edges_of(read_sites(folder / "sites_cork_estimated.csv"), EDGES)
     drives = [drive for drive in read_drives(folder / "traj_cork_drive_cells.csv") if len(drive.stays(edge_of)) > 1]
-    drivers = [Driver(pack.resolve(), asked.shared, edge_of) for pack in asked.pack]
+    drivers = [Driver(pack.resolve(), asked.shared, edge_of, asked.mbps) for pack in asked.pack]
     jobs = [job for of in drivers for job in of.jobs(drives[: asked.drives])]
     rows = collect(jobs, file, lambda step, done: print(f"{done:4.0%} {step}", file=sys.stderr, flush=True))
-    print(json.dumps(document(rows), indent=1))
+    print(json.dumps(document(rows, asked.mbps), indent=1))
 
 
-def document(rows: Sequence[Row]) -> dict[str, Any]:
+def document(rows: Sequence[Row], steady_mbps: float) -> dict[str, Any]:
     """The rows, and the figures of them."""
     drives = [row for row in rows if row["kind"] == DRIVE]
     faults = [row for row in rows if row["kind"] == FAULT]
@@ -93,7 +94,7 @@ def document(rows: Sequence[Row]) -> dict[str, Any]:
     recovered = [seconds for row in drives for seconds in row["recovery_s"]]
     known = [seconds for seconds in recovered if seconds is not None]
     settings = {
-        "near_rtt_s": NEAR.rtt_s, "far_rtt_s": FAR.rtt_s, "steady_mbps": STEADY_MBPS, "share": CAPACITY_SHARE,
+        "near_rtt_s": NEAR.rtt_s, "far_rtt_s": FAR.rtt_s, "steady_mbps": steady_mbps, "share": CAPACITY_SHARE,
         "warm_s": WARM_S, "window_s": WINDOW_S, "fault_at_s": FAULT_AT_S, "fault_run_s": FAULT_RUN_S,
         "stall_s": STALL_S, "cut_s": CUT_S,
     }  # fmt: skip
@@ -107,23 +108,25 @@ def document(rows: Sequence[Row]) -> dict[str, Any]:
         "recovered": len(known) / len(recovered) if recovered else None,
         "bytes_moved_share": max((share for row in drives for share in row["moved_share"]), default=None),
         "handovers": sum(len(row["moves"]) for row in drives),
+        "failed": sum(row["failed"] is not None for row in rows),
         "longest_wait_s": {row["fault"]: row["longest_wait_s"] for row in faults},
         "rows": list(rows),
     }
 
 
 class Driver:
-    """A pack on drives between nodes that stand as `edge_of` has it."""
+    """A pack on drives between nodes that stand as `edge_of` has it; wires carry `steady_mbps` where none is known."""
 
-    def __init__(self, pack: Path, shared: Path, edge_of: dict[str, str]) -> None:
+    def __init__(self, pack: Path, shared: Path, edge_of: dict[str, str], steady_mbps: float) -> None:
         self._pack, self._traces, self._edge_of = pack, shared / "data" / "traces", edge_of
+        self._steady_bps = steady_mbps * BPS_PER_MBPS
         self._manifest = read_manifest(pack)
         self._turns, self._known = reading(pack, shared, TOKENS)
         self._expert_nbytes = ladder_of(self._manifest).exact.group_beside(None)
         self._scale = self._expert_nbytes / LARGE[self._manifest.model_type].expert_nbytes
 
     def jobs(self, drives: Sequence[Drive]) -> Iterator[Job]:
-        depends = {"pack": identity(self._manifest), "machine": machine(), "tokens": TOKENS}
+        depends = {"pack": identity(self._manifest), "machine": machine(), "tokens": TOKENS, "bps": self._steady_bps}
         for drive in drives:
             name = {"kind": DRIVE, "model": self._pack.name, "drive": drive.name}
             yield Job(name, {**depends, "seconds": [WARM_S, WINDOW_S]}, partial(self.drive_row, drive))
@@ -154,7 +157,9 @@ class Driver:
             "recorded": recorded,
             "stays": moves_s,
             "moves": moves,
+            "failed": lines[-1]["failed"],
             "events": lines[-1]["events"],
+            "links": lines[-1]["links"],
             "tokens": len(all_ms),
             "identical": identical(lines, self._known),
             "median_ms": median(all_ms),
@@ -170,9 +175,9 @@ class Driver:
         """A fault of the node that serves, or of the wires, and its end where it has one."""
         with Run(self._pack, self._orders(FAULT_RUN_S), BACKHAUL_BPS * self._scale) as run:
             for edge in run.site.edges:
-                edge.mend(STEADY_BPS)
+                edge.mend(self._steady_bps)
             run.site.origin.mend(ORIGIN_BPS)
-            run.through(list(run.fault(fault)))
+            run.through(list(run.fault(fault, self._steady_bps)))
         lines = run.lines
         waits = {
             "before": waits_s(lines, lines[-1]["loaded_s"], FAULT_AT_S),
@@ -185,7 +190,9 @@ class Driver:
             "longest_wait_before_s": max(waits["before"]),
             "longest_wait_s": max(waits["after"]),
             "last_token_s": lines[-2]["at_s"],
+            "failed": lines[-1]["failed"],
             "events": lines[-1]["events"],
+            "links": lines[-1]["links"],
             "stats": lines[-1]["stats"],
         }
 
@@ -193,9 +200,9 @@ class Driver:
         """Whether a drive's rate was recorded; and the rate, from when the device begins on."""
         path = self._traces / f"ucc5g_drive_{drive.name.partition('_')[2]}.csv"
         if not path.exists():
-            return False, LinkRate.steady(STEADY_BPS, WARM_S + WINDOW_S + LATE_S)
+            return False, LinkRate.steady(self._steady_bps, WARM_S + WINDOW_S + LATE_S)
         rate = read_link_trace(path).rate.window(begin_s, WINDOW_S + LATE_S)
-        start_s, bps = np.append(0.0, WARM_S + rate.start_s), np.append(STEADY_BPS, rate.bps)
+        start_s, bps = np.append(0.0, WARM_S + rate.start_s), np.append(self._steady_bps, rate.bps)
         return True, LinkRate.of(start_s, bps, WARM_S + WINDOW_S + LATE_S)
 
     def _orders(self, seconds: float) -> dict[str, Any]:
@@ -261,8 +268,8 @@ class Run:
         for sample in samples(self._polled.read_text("utf-8")):
             self.counts[sample.node].append(Count(sample.at_s - begun_s, sample.counters))
 
-    def fault(self, fault: str) -> Iterator[Moment]:
-        """A fault, of the first node or of both wires, and its end where it has one."""
+    def fault(self, fault: str, bps: float) -> Iterator[Moment]:
+        """A fault, of the first node or of both wires, and its end where it has one: they carry `bps` then."""
         first, edges = self.site.edges[0], self.site.edges
         if fault == "kill":
             yield Moment(FAULT_AT_S, first.kill)
@@ -271,7 +278,7 @@ class Run:
             yield Moment(FAULT_AT_S + STALL_S, partial(first.signal, signal.SIGCONT))
         else:
             yield from (Moment(FAULT_AT_S, edge.cut) for edge in edges)
-            yield from (Moment(FAULT_AT_S + CUT_S, partial(edge.mend, STEADY_BPS)) for edge in edges)
+            yield from (Moment(FAULT_AT_S + CUT_S, partial(edge.mend, bps)) for edge in edges)
 
 
 def _cut(stays: Sequence[Stay], begin_s: float, end_s: float) -> list[Stay]:

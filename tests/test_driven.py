@@ -48,7 +48,7 @@ def test_an_exact_device_writes_what_the_model_in_memory_makes_of_the_text(
     found = window(lines, known)
     assert found["worth"] == found["tokens"] == len(lines) - 1 <= SECONDS / 0.05 + 1
     assert found["loaded_s"] <= found["first_s"] and found["stats"]["loss_ledger"] == 0
-    assert lines[-1]["events"] == []
+    assert not lines[-1]["events"] and not lines[-1]["links"]
     assert lines[-2]["at_s"] < SECONDS + 1
 
 
@@ -57,4 +57,17 @@ def test_a_window_that_ends_before_the_model_is_there_has_no_tokens(self_contain
     told.write_text(told.read_text().replace(f'"seconds": {SECONDS}', '"seconds": 0.0'))
     command = [sys.executable, "-m", "comoe.bench.driven", told]
     written = subprocess.run(command, input="\n", capture_output=True, text=True, timeout=120, check=True).stdout
-    assert json.loads(written.splitlines()[-1]) == {"stats": None, "loaded_s": None, "events": []}
+    assert json.loads(written.splitlines()[-1]) == {
+        "failed": None,
+        "stats": None,
+        "loaded_s": None,
+        "events": [],
+        "links": {},
+    }
+
+
+def test_a_device_that_cannot_go_on_says_why_at_its_end(self_contained: Path, tmp_path: Path) -> None:
+    told = orders(self_contained, tmp_path, [[[40], [41]]], expert_memory=1)
+    command = [sys.executable, "-m", "comoe.bench.driven", told]
+    written = subprocess.run(command, input="\n", capture_output=True, text=True, timeout=120, check=True).stdout
+    assert "experts need at least" in json.loads(written.splitlines()[-1])["failed"]

@@ -22,7 +22,7 @@ from comoe.bench.driven_figures import (
 )
 
 KNOWN = [Known([1.0, 2.0], [5, 6]), Known([3.0], [7])]
-LAST = {"stats": {"uses": 3}, "loaded_s": 0.5, "events": []}
+LAST = {"failed": None, "stats": {"uses": 3}, "loaded_s": 0.5, "events": []}
 
 
 def token(turn: int, at: int, at_s: float, nats: float, greedy: int = 0, ms: float = 10.0) -> dict[str, Any]:

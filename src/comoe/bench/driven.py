@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from itertools import count
 from pathlib import Path
 from threading import Lock, Timer
@@ -26,6 +27,7 @@ from comoe.net.place import open_pack
 from comoe.runtime.generate import quiet_transformers, tokenizer_of
 from comoe.runtime.load import load
 from comoe.store.manifest import read_manifest
+from comoe.types import ComoeError
 
 PROMPT_TOKENS = 4
 
@@ -89,7 +91,13 @@ class Driven:
         timer.daemon = True
         timer.start()
         self._write({"begun_s": self._begun_s})
-        self._load()
+        try:
+            self._load()
+            self._decode()
+        except ComoeError as error:
+            self._end(str(error))
+
+    def _decode(self) -> None:
         evaluation, due_s = Evaluation.for_model(self._model, self._tokenizer), 0.0
         for turn in count():
             prompt, target = self._orders["turns"][turn % len(self._orders["turns"])]
@@ -116,14 +124,15 @@ class Driven:
         with self._writing:
             print(json.dumps(line), flush=True)
 
-    def _end(self) -> None:
-        """The window is over: tell what there is to tell, and go, also from the middle of a token."""
-        found: dict[str, Any] = {"stats": None, "loaded_s": None, "events": []}
+    def _end(self, failed: str | None = None) -> None:
+        """The window is over, or decoding failed: tell what there is to tell, and go, also from amid a token."""
+        found: dict[str, Any] = {"failed": failed, "stats": None, "loaded_s": None, "events": [], "links": {}}
         if self._model is not None:
             handle = self._model.comoe
-            log = handle.nodes.log if handle.nodes is not None else []
-            events = [event._replace(at_s=event.at_s - self._begun_s) for event in log]
-            found = {"stats": handle.stats(), "loaded_s": self._loaded_s, "events": events}
+            found |= {"stats": handle.stats(), "loaded_s": self._loaded_s}
+            if handle.nodes is not None:
+                found["events"] = [event._replace(at_s=event.at_s - self._begun_s) for event in handle.nodes.log]
+                found["links"] = {node: asdict(link) for node, link in handle.nodes.links().items()}
         self._write(found)
         os._exit(0)
 

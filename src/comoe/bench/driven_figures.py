@@ -55,6 +55,7 @@ def window(lines: Sequence[Row], known: Sequence[Known]) -> Row:
         "loss": lost / float(np.mean(exact)) if tokens else 0.0,
         "first_s": tokens[0]["at_s"] if tokens else None,
         "median_ms": float(np.median([line["ms"] for line in tokens])) if tokens else None,
+        "failed": lines[-1]["failed"],
         "loaded_s": lines[-1]["loaded_s"],
         "stats": lines[-1]["stats"],
     }
