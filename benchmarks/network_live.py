@@ -129,6 +129,8 @@ class Traveller:
         how: dict[str, Any] = {"expert_memory": f"{SHARE:.0%}", "context": CONTEXT}
         if policy in (JOINT, STATIC):
             how["max_loss"] = MAX_LOSS
+        else:
+            how["prefetch"] = "off"
         if policy in (JOINT, REMOTE):
             how["edges"] = [self._node.url]
         return {
