@@ -33,6 +33,7 @@ from comoe.bench.network import LARGE
 from comoe.bench.rows import Job, Row, RowFile, collect
 from comoe.device.machine import machine
 from comoe.make.trace import CONTEXT
+from comoe.net.origin import CHUNK_BYTES
 from comoe.plan.ladder import ladder_of
 from comoe.sim.mobility import Drive, Stay, edges_of, read_drives, read_sites
 from comoe.sim.traces import BPS_PER_MBPS, LinkRate, read_link_trace
@@ -211,6 +212,7 @@ class Driver:
             "cache_bytes": 0,
             "load": {"expert_memory": f"{CAPACITY_SHARE:.0%}", "context": CONTEXT},
             "remote_only": False,
+            "piece_nbytes": CHUNK_BYTES,
             "turns": self._turns,
             "seconds": seconds,
             "reader_s": 0.0,

@@ -28,6 +28,7 @@ from comoe.bench.network import LARGE, MAX_LOSS, READER_S, RTT_S, SHARE
 from comoe.bench.rows import Job, Row, RowFile, collect
 from comoe.device.machine import machine
 from comoe.make.trace import CONTEXT
+from comoe.net.origin import CHUNK_BYTES
 from comoe.plan.ladder import ladder_of
 from comoe.sim.traces import BPS_PER_MBPS, WINDOW_S, LinkTrace, read_bench_list, read_link_trace
 from comoe.store.decisions import identity
@@ -139,6 +140,7 @@ class Traveller:
             "cache_bytes": None,
             "load": how,
             "remote_only": policy == REMOTE,
+            "piece_nbytes": round(CHUNK_BYTES * self._scale),
             "turns": self._turns,
             "seconds": WINDOW_S,
             "reader_s": READER_S,

@@ -19,7 +19,14 @@ SECONDS = 6.0
 
 
 def orders(pack: Path, folder: Path, turns: Any, **load: Any) -> Path:
-    told = {"pack": str(pack), "cache": str(folder / "cache"), "cache_bytes": None, "load": load, "remote_only": False}
+    told = {
+        "pack": str(pack),
+        "cache": str(folder / "cache"),
+        "cache_bytes": None,
+        "load": load,
+        "remote_only": False,
+        "piece_nbytes": 4096,
+    }
     path = folder / "orders.json"
     path.write_text(json.dumps({**told, "turns": turns, "seconds": SECONDS, "reader_s": 0.05}))
     return path

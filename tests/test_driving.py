@@ -26,6 +26,7 @@ def test_a_device_decodes_from_an_edge_node_and_its_end_is_the_windows(
             "cache_bytes": None,
             "load": {"expert_memory": "60%", "edges": [node.url]},
             "remote_only": True,
+            "piece_nbytes": 4096,
             "turns": [[[40], list(range(41, 60))]],
             "seconds": SECONDS,
             "reader_s": 0.1,
@@ -45,7 +46,7 @@ def test_a_device_that_fails_says_why(network: None, tmp_path: Path) -> None:
     with Site([], Trip()) as site, pytest.raises(OSError, match="the device ended with 1"):
         Device(
             site.device,
-            {"seconds": 1.0, "pack": str(tmp_path), "cache": str(tmp_path), "cache_bytes": None},
+            {"seconds": 1.0, "pack": str(tmp_path), "cache": str(tmp_path), "cache_bytes": None, "piece_nbytes": 4096},
             tmp_path,
             dict(os.environ),
         )

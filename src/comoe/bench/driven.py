@@ -22,6 +22,7 @@ from comoe.bench.corpus import valid_texts
 from comoe.bench.driven_figures import Known
 from comoe.make.protocol import Evaluation
 from comoe.make.trace import CONTEXT, turns
+from comoe.net import origin
 from comoe.net.address import Access
 from comoe.net.place import open_pack
 from comoe.runtime.generate import quiet_transformers, tokenizer_of
@@ -31,8 +32,8 @@ from comoe.types import ComoeError
 
 PROMPT_TOKENS = 4
 
-SLOW_BYTE_S = 1e-3
-"""What reading a byte is said to take where everything that misses is to run elsewhere."""
+SLOW_S = 60.0
+"""What reading a blob is said to take where everything that misses is to run elsewhere."""
 
 
 class Step(NamedTuple):
@@ -73,10 +74,14 @@ def reading(pack: Path, shared: Path, num_tokens: int) -> tuple[list[tuple[list[
 
 class Driven:
     """A device with `orders`: `pack`, `cache` and `cache_bytes`; `load` for `comoe.load`; `remote_only`; `turns` of
-    (prompt, target), again and again; `seconds` of them, no faster than one in `reader_s`."""
+    (prompt, target), again and again; `seconds` of them, no faster than one in `reader_s`.
+
+    `piece_nbytes` are noticed when they come: a link that is slowed down brings smaller pieces in the same time.
+    """
 
     def __init__(self, orders: dict[str, Any]) -> None:
         self._orders = orders
+        origin.CHUNK_BYTES = orders["piece_nbytes"]
         self._access = Access(Path(orders["cache"]), orders["cache_bytes"])
         self._pack = open_pack(orders["pack"], None, self._access)
         self._tokenizer = tokenizer_of(self._pack.folder)
@@ -112,7 +117,7 @@ class Driven:
         model = load(self._pack, threads=1, access=self._access, **self._orders["load"])
         if self._orders["remote_only"]:
             serving = model.comoe._serving
-            serving.remote._byte_s = lambda: SLOW_BYTE_S
+            serving.remote._read_s = lambda blob: SLOW_S
             serving.cache.prefetch = lambda groups: None
         self._model, self._loaded_s = model, self._now_s
 
