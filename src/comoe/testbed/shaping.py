@@ -14,7 +14,7 @@ BURST_S = 0.01
 """Seconds at the rate that may go at once: timers are no finer."""
 
 LEAST_BURST, USUAL_BURST, SLOW_BURST_S = 1600, 16384, 0.065
-"""A packet, which a slow wire has; many of them, and the time that these may take. They go at once when rates change."""
+"""A packet, which a slow wire has; many of them, and the time that these may take. All go when rates change."""
 
 WAITING_S, LEAST_WAITING = 0.1, 8000
 """Of what waits for its turn, in seconds and bytes; more is dropped, and slows the sender down."""
