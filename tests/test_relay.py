@@ -1,6 +1,7 @@
 """A relay on real sockets: bytes come as they were sent, a round trip later, and ends are passed on."""
 
 import asyncio
+import io
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -9,7 +10,7 @@ from time import perf_counter
 
 from webs import free_port
 
-from comoe.testbed.relay import Way, relay
+from comoe.testbed.relay import Way, follow, relay
 
 RTT_S = 0.1
 
@@ -103,3 +104,23 @@ def test_losses_delay_bytes_and_lose_none() -> None:
 def test_a_server_that_is_not_there_ends_the_connection() -> None:
     with relayed(Way("127.0.0.1", free_port(), 0.01, 0.0)) as through:
         assert exchange(through, b"x")[0] == b""
+
+
+def test_a_way_changes_while_connections_are_open() -> None:
+    with echo() as port:
+        way = Way("127.0.0.1", port, 0.0, 0.0)
+        with relayed(way) as through, socket.create_connection(("127.0.0.1", through), 30) as one:
+
+            def takes_s() -> float:
+                start_s = perf_counter()
+                one.sendall(b"x")
+                assert one.recv(1) == b"x"
+                return perf_counter() - start_s
+
+            takes_s()
+            follow(way, io.StringIO("200 0\n"))
+            assert takes_s() >= 0.2
+            follow(way, io.StringIO("200 0\n0 0\n"))
+            assert takes_s() < 0.2
+            one.shutdown(socket.SHUT_WR)
+            assert one.recv(1) == b""

@@ -12,6 +12,9 @@ from comoe.testbed.shaping import Shaped, shape
 pytestmark = pytest.mark.network
 
 PORT = 9000
+SLOW_BPS = 150_000.0
+"""Below, a lost packet or two show."""
+
 SOURCE = f"""
 import socket
 server = socket.create_server(("0.0.0.0", {PORT}))
@@ -49,8 +52,9 @@ def measured(wire: Wire, seconds: float) -> np.ndarray:
     return np.array([line.split() for line in found.stdout.splitlines()], np.float64).reshape(-1, 2)
 
 
-def test_a_shaped_wire_carries_what_the_recorded_link_says(network: None) -> None:
-    mbps = np.array([8.0, 2.0, 16.0, 40.0])
+@pytest.mark.parametrize("told", [(8.0, 2.0, 16.0, 40.0), (0.6, 0.4, 0.8, 0.5)])
+def test_a_shaped_wire_carries_what_the_recorded_link_says(network: None, told: tuple[float, ...]) -> None:
+    mbps = np.array(told)
     rate = LinkRate.of(np.array([0.0, 3.0, 6.0, 9.0]), mbps * BPS_PER_MBPS, 12.0)
     with Host("device") as device, Host("edge") as edge:
         wire = Wire(device, edge)
@@ -61,7 +65,10 @@ def test_a_shaped_wire_carries_what_the_recorded_link_says(network: None) -> Non
     for at, expected in enumerate(mbps * BPS_PER_MBPS):
         begin_s, end_s = 3.0 * at + 0.7 - late_s, 3.0 * at + 2.7 - late_s
         inside = (pieces[:, 0] >= begin_s) & (pieces[:, 0] < end_s)
-        assert pieces[inside, 1].sum() / 2.0 == pytest.approx(expected, rel=0.2), (at, late_s)
+        assert pieces[inside, 1].sum() / 2.0 == pytest.approx(expected, rel=0.2 if expected > SLOW_BPS else 0.3), (
+            at,
+            late_s,
+        )
 
 
 def test_a_cut_wire_carries_nothing(network: None) -> None:

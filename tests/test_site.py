@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from comoe.sim.traces import BPS_PER_MBPS
-from comoe.testbed.site import SERVER_PORT, Site, Trip
+from comoe.testbed.site import SERVER_PORT, Site, Trip, eventually
 
 pytestmark = pytest.mark.network
 
@@ -37,6 +37,8 @@ def test_the_device_reaches_every_node_at_its_round_trip_and_one_dies(network: N
 
         near, far = get(site.edges[0].url), get(site.edges[1].url)
         assert near[0] == far[0] == 100_000 and near[1] >= 0.04 and far[1] >= 0.3
+        site.edges[0].move(Trip(0.2))
+        eventually(lambda: get(site.edges[0].url)[1] >= 0.4)
         found = site.edges[0].host.run([sys.executable, "-c", GET, f"{site.origin_url(0)}/blob"], 60)
         assert found.stdout.startswith("100000")
         site.edges[1].mend(0.2 * BPS_PER_MBPS)

@@ -1,8 +1,8 @@
 """A relay of TCP connections that adds what a wire on one machine has not: a round trip, and losses as delays.
 
-`python -m comoe.testbed.relay LISTEN_PORT HOST PORT RTT_MS LOSS [SEED]`. Every piece is passed on half a round trip
-late, in order; with the chance that a packet of it was lost, a round trip later still, as sent again. How fast is the
-wire's matter: see `testbed.shaping`.
+`python -m comoe.testbed.relay LISTEN_PORT HOST PORT RTT_MS LOSS [SEED]`; each line `RTT_MS LOSS` on stdin changes both.
+Every piece is passed on half a round trip late, in order; with the chance that a packet of it was lost, a round trip
+later still, as sent again. How fast is the wire's matter: see `testbed.shaping`.
 """
 
 import asyncio
@@ -10,7 +10,9 @@ import random
 import sys
 from asyncio import StreamReader, StreamWriter
 from contextlib import suppress
-from typing import NamedTuple
+from dataclasses import dataclass
+from threading import Thread
+from typing import TextIO
 
 PIECE = 16384
 PACKET = 1448
@@ -18,8 +20,9 @@ WAITING = 256
 """Pieces under way in one direction: as much as a window of some megabytes."""
 
 
-class Way(NamedTuple):
-    """Where connections go, and what happens to them on the way."""
+@dataclass(slots=True)
+class Way:
+    """Where connections go, and what happens to them on the way, which may change meanwhile."""
 
     host: str
     port: int
@@ -31,12 +34,15 @@ class Way(NamedTuple):
 async def relay(listen: int, way: Way) -> asyncio.Server:
     """The relay at a port of all addresses, running."""
     chance = random.Random(way.seed)
+    meeting = set[asyncio.Task[None] | None]()  # asyncio itself keeps none whose device has gone
 
     async def meet(reader: StreamReader, writer: StreamWriter) -> None:
+        meeting.add(task := asyncio.current_task())
         try:
             far_reader, far_writer = await asyncio.open_connection(way.host, way.port)
         except OSError:
             writer.close()
+            meeting.discard(task)
             return
         try:
             await asyncio.sleep(way.rtt_s)  # the handshake beyond the relay
@@ -44,6 +50,7 @@ async def relay(listen: int, way: Way) -> asyncio.Server:
         finally:
             far_writer.close()
             writer.close()
+            meeting.discard(task)
 
     return await asyncio.start_server(meet, "0.0.0.0", listen, limit=4 * PIECE)
 
@@ -79,9 +86,17 @@ async def _send(pieces: "asyncio.Queue[tuple[float, bytes]]", writer: StreamWrit
         writer.write_eof()
 
 
+def follow(way: Way, lines: TextIO) -> None:
+    """Change the way whenever a line tells another one, to their end."""
+    for line in lines:
+        rtt_ms, loss = map(float, line.split())
+        way.rtt_s, way.loss = rtt_ms / 1e3, loss
+
+
 async def _main(words: list[str]) -> None:
     listen, host, port, rtt_ms, loss = words[:5]
     way = Way(host, int(port), float(rtt_ms) / 1e3, float(loss), int(words[5]) if len(words) > 5 else 0)
+    Thread(target=follow, args=(way, sys.stdin), daemon=True).start()
     async with await relay(int(listen), way) as server:
         await server.serve_forever()
 

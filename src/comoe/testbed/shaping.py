@@ -13,9 +13,11 @@ from comoe.testbed.namespaces import Host
 BURST_S = 0.01
 """Seconds at the rate that may go at once: timers are no finer."""
 
-LEAST_BURST = 16384
-LATENCY_MS = 100
-"""Of what waits for its turn; more is dropped, and slows the sender down."""
+LEAST_BURST, USUAL_BURST, SLOW_BURST_S = 1600, 16384, 0.065
+"""A packet, which a slow wire has; many of them, and the time that these may take. All go when rates change."""
+
+WAITING_S, LEAST_WAITING = 0.1, 8000
+"""Of what waits for its turn, in seconds and bytes; more is dropped, and slows the sender down."""
 
 LEAST_BPS = 1000.0
 """Bytes per second below which a link is cut."""
@@ -26,12 +28,10 @@ def shape(host: Host, interface: str, bps: float) -> None:
     if bps < LEAST_BPS:
         host.tool("tc", "qdisc", "replace", "dev", interface, "root", "handle", "2:", "blackhole")
         return
-    burst = max(LEAST_BURST, round(bps * BURST_S))
-    rate = f"{round(8 * bps)}bit"
-    host.tool(
-        "tc", "qdisc", "replace", "dev", interface, "root", "handle", "1:", "tbf",
-        "rate", rate, "burst", str(burst), "latency", f"{LATENCY_MS}ms",
-    )  # fmt: skip
+    burst = max(LEAST_BURST, round(bps * BURST_S), min(USUAL_BURST, round(bps * SLOW_BURST_S)))
+    limit = burst + max(LEAST_WAITING, round(bps * WAITING_S))
+    bucket = ("tbf", "rate", f"{round(8 * bps)}bit", "burst", str(burst), "limit", str(limit))
+    host.tool("tc", "qdisc", "replace", "dev", interface, "root", "handle", "1:", *bucket)
 
 
 class Shaped:

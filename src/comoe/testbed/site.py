@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -35,6 +35,12 @@ class Node:
     def __init__(self, site: "Site", host: Host, wire: Wire, path: Trip) -> None:
         self._site, self.host, self.wire, self._path = site, host, wire, path
         self.server: subprocess.Popen[str] | None = None
+        self._relay: subprocess.Popen[str] | None = None
+
+    @property
+    def device(self) -> Host:
+        """The device of its site."""
+        return self._site.device
 
     @property
     def url(self) -> str:
@@ -53,6 +59,11 @@ class Node:
         self.server.kill()
         self.server.wait()
 
+    def signal(self, number: int) -> None:
+        """Send its server a signal."""
+        assert self.server is not None
+        self.server.send_signal(number)
+
     def cut(self) -> None:
         """Let nothing more through to the device."""
         shape(self.host, self.wire.far_interface, 0.0)
@@ -67,9 +78,23 @@ class Node:
 
     def start_relay(self) -> None:
         """Put the relay before the server."""
-        words = (str(RELAY_PORT), "127.0.0.1", str(SERVER_PORT), str(1e3 * self._path.rtt_s), str(self._path.loss))
-        relay = self.host.start([sys.executable, "-m", "comoe.testbed.relay", *words])
-        self._site.wait_for(self.host, "127.0.0.1", RELAY_PORT, relay)
+        words = (str(RELAY_PORT), "127.0.0.1", str(SERVER_PORT), *_words(self._path))
+        command = [sys.executable, "-m", "comoe.testbed.relay", *words]
+        self._relay = self.host.start(command, stdin=subprocess.PIPE)
+        self._site.wait_for(self.host, "127.0.0.1", RELAY_PORT, self._relay)
+
+    def move(self, path: Trip) -> None:
+        """Let the device be so far away from now on."""
+        assert self._relay is not None and self._relay.stdin is not None
+        self._path = path
+        self._relay.stdin.write(" ".join(_words(path)) + "\n")
+        self._relay.stdin.flush()
+
+    def close(self) -> None:
+        """Let go of the relay, which its host ends."""
+        if self._relay is not None and self._relay.stdin is not None:
+            with suppress(BrokenPipeError):
+                self._relay.stdin.close()
 
 
 class Site:
@@ -91,6 +116,7 @@ class Site:
             self.edges, self.origin = nodes[:-1], nodes[-1]
             self.backhaul = [Wire(edge.host, self.origin.host) for edge in self.edges]
             for node in nodes:
+                stack.callback(node.close)
                 node.start_relay()
             self._stack = stack.pop_all()
         return self
@@ -110,6 +136,11 @@ class Site:
         eventually(lambda: host.run(command, READY_S).returncode == 0 or process.poll() is not None)
         if process.poll() is not None:
             raise OSError(f"a server ended with {process.returncode} before it listened at port {port}")
+
+
+def _words(path: Trip) -> tuple[str, str]:
+    """A round trip as the relay takes it."""
+    return str(1e3 * path.rtt_s), str(path.loss)
 
 
 def eventually(holds: Callable[[], bool]) -> None:
