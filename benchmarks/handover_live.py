@@ -212,6 +212,7 @@ class Driver:
             "cache_bytes": 0,
             "load": {"expert_memory": f"{CAPACITY_SHARE:.0%}", "context": CONTEXT},
             "remote_only": False,
+            "stays": False,
             "piece_nbytes": CHUNK_BYTES,
             "turns": self._turns,
             "seconds": seconds,

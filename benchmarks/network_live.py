@@ -140,6 +140,7 @@ class Traveller:
             "cache_bytes": None,
             "load": how,
             "remote_only": policy == REMOTE,
+            "stays": policy == STATIC,
             "piece_nbytes": round(CHUNK_BYTES * self._scale),
             "turns": self._turns,
             "seconds": WINDOW_S,

@@ -40,3 +40,8 @@ class PolicyContract:
         policy = self.filled(1)
         policy.removed(blob(0))
         assert list(policy.victims()) == []
+
+    def test_a_blob_that_was_used_elsewhere_is_no_victim(self) -> None:
+        policy = self.filled(2)
+        policy.used_elsewhere(blob(5))
+        assert sorted(policy.victims()) == [blob(0), blob(1)]

@@ -25,6 +25,7 @@ def orders(pack: Path, folder: Path, turns: Any, **load: Any) -> Path:
         "cache_bytes": None,
         "load": load,
         "remote_only": False,
+        "stays": True,
         "piece_nbytes": 4096,
     }
     path = folder / "orders.json"

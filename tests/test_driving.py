@@ -26,6 +26,7 @@ def test_a_device_decodes_from_an_edge_node_and_its_end_is_the_windows(
             "cache_bytes": None,
             "load": {"expert_memory": "60%", "edges": [node.url]},
             "remote_only": True,
+            "stays": False,
             "piece_nbytes": 4096,
             "turns": [[[40], list(range(41, 60))]],
             "seconds": SECONDS,

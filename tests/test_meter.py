@@ -64,3 +64,27 @@ def test_no_byte_is_counted_twice_and_none_is_lost(pieces: list[tuple[int, float
     meter.end(request, now_s)
     assert sum(nbytes for nbytes, _ in told) == sum(nbytes for nbytes, _ in pieces)
     assert sum(seconds for _, seconds in told) == pytest.approx(now_s)
+
+
+def test_round_trips_between_requests_one_after_the_other_do_not_count_though_the_next_is_open_already() -> None:
+    meter = Meter(Link(rtt_s=0.5))
+    request, now_s = meter.begin(0.0), 0.5
+    for _ in range(20):
+        now_s += 0.1
+        meter.came(request, 1000, now_s)
+        following = meter.begin(now_s)
+        meter.end(request, now_s)
+        request, now_s = following, now_s + 0.5
+    assert meter.link.rate_bps == pytest.approx(10_000, rel=0.02)
+
+
+def test_a_request_that_is_overdue_counts() -> None:
+    meter = Meter(Link(rtt_s=0.1))
+    first = meter.begin(0.0)
+    meter.came(first, 10_000, 1.1)
+    second = meter.begin(1.1)
+    meter.end(first, 1.1)
+    before = meter.link.rate_bps
+    meter.flush(5.0)
+    assert meter.link.rate_bps < before / 2
+    meter.end(second, 5.0, failed=True)

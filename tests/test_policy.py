@@ -138,6 +138,17 @@ class TestFixed(PolicyContract):
         assert rows(policy) == [0, 1, 2]
 
 
+def test_what_runs_elsewhere_is_worth_reading_once_it_was_used_more_than_what_would_leave() -> None:
+    policy = LFU(half_life=1e9)
+    for row in (0, 1):
+        policy.inserted(blob(row), 1)
+    for row in (0, 1, 0, 1, 0):
+        policy.touched(blob(row))
+    assert [policy.used_elsewhere(blob(9)) for _ in range(3)] == [False, True, True]
+    policy.inserted(blob(9), 1)
+    assert next(policy.victims()) == blob(1)
+
+
 def test_every_policy_has_a_name_and_is_made_afresh() -> None:
     assert {name: type(make()) for name, make in POLICIES.items()} == {"lru": LRU, "lfu": LFU, "gdsf": GDSF}
     assert all(make() is not make() for make in POLICIES.values())

@@ -72,6 +72,14 @@ class ResidencyMachine(RuleBasedStateMachine):
     def prefetch(self, wanted: tuple[BlobId, ...]) -> None:
         self.core.prefetch(wanted)
 
+    @rule(wanted=groups)
+    def used_elsewhere(self, wanted: tuple[BlobId, ...]) -> None:
+        self.core.used_elsewhere(wanted)
+
+    @rule()
+    def forget_hints(self) -> None:
+        self.core.forget_hints()
+
     @rule(wanted=st.lists(groups, max_size=3))
     def foresee(self, wanted: list[tuple[BlobId, ...]]) -> None:
         self.core.foresee(wanted)
@@ -152,6 +160,31 @@ class ResidencyMachine(RuleBasedStateMachine):
 
 TestResidencyMachine = ResidencyMachine.TestCase
 TestResidencyMachine.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+
+
+def test_what_was_used_elsewhere_is_read_where_there_is_room_or_it_is_worth_more_than_what_would_leave() -> None:
+    core = Residency(6, size_of, LFU(half_life=1e9))
+    for _ in range(3):
+        ticket = core.demand(group(1, 2))  # takes 5
+        load_all(core)
+        core.release(ticket)
+    core.used_elsewhere(group(0))
+    assert load_all(core) == [blob(0)]
+    core.release(core.demand(group(0)))  # used twice, now
+    core.used_elsewhere(group(3))
+    assert load_all(core) == []
+    for _ in range(2):
+        core.used_elsewhere(group(3))
+    assert load_all(core) == [blob(3)] and not core.resident(group(0))
+
+
+def test_hints_that_are_taken_back_are_not_read() -> None:
+    core = make(16)
+    core.prefetch(group(0, 1))
+    core.forget_hints()
+    assert load_all(core) == []
+    core.prefetch(group(2))
+    assert load_all(core) == [blob(2)] and sorted(core.residents()) == [blob(2)]
 
 
 def test_parts_of_a_group_load_in_its_order_and_only_then_it_is_ready() -> None:

@@ -73,8 +73,8 @@ def reading(pack: Path, shared: Path, num_tokens: int) -> tuple[list[tuple[list[
 
 
 class Driven:
-    """A device with `orders`: `pack`, `cache` and `cache_bytes`; `load` for `comoe.load`; `remote_only`; `turns` of
-    (prompt, target), again and again; `seconds` of them, no faster than one in `reader_s`.
+    """A device with `orders`: `pack`, `cache` and `cache_bytes`; `load` for `comoe.load`; `remote_only`; whether the
+    plan `stays`; `turns` of (prompt, target), again and again; `seconds` of them, no faster than one in `reader_s`.
 
     `piece_nbytes` are noticed when they come: a link that is slowed down brings smaller pieces in the same time.
     """
@@ -115,10 +115,12 @@ class Driven:
 
     def _load(self) -> None:
         model = load(self._pack, threads=1, access=self._access, **self._orders["load"])
+        if self._orders["stays"] and model.comoe.following is not None:
+            model.comoe.following.close()
         if self._orders["remote_only"]:
             serving = model.comoe._serving
             serving.remote._read_s = lambda blob: SLOW_S
-            serving.cache.prefetch = lambda groups: None
+            serving.cache.used_elsewhere = lambda groups: None
         self._model, self._loaded_s = model, self._now_s
 
     @property

@@ -118,6 +118,13 @@ class BlobCache:
                 self._residency.prefetch(group)
             self._changed.notify_all()
 
+    def used_elsewhere(self, groups: Sequence[Group]) -> None:
+        """`groups` were used, but by somebody else: read when nothing is demanded, where they would stay."""
+        with self._changed:
+            for group in groups:
+                self._residency.used_elsewhere(group)
+            self._changed.notify_all()
+
     def resize(self, capacity: int) -> None:
         """Change the capacity. What is not pinned leaves at once, a pinned group when its consumer has done with it.
 

@@ -31,6 +31,10 @@ class Policy(Protocol):
         """Blobs in the order in which they should leave. The caller skips those that may not, and stops early."""
         ...
 
+    def used_elsewhere(self, blob: BlobId) -> bool:
+        """`blob`, which is not there, was used without it; whether it is worth more than what would leave first."""
+        ...
+
     def age(self, half_lives: float) -> None:
         """What was learnt until now counts less from now on, where a policy forgets by half-lives."""
         ...
@@ -54,6 +58,10 @@ class LRU:
     def victims(self) -> Iterator[BlobId]:
         return iter(self._order)
 
+    def used_elsewhere(self, blob: BlobId) -> bool:
+        """What was used last is worth most."""
+        return True
+
     def age(self, half_lives: float) -> None:
         """Nothing: it forgets as it goes."""
 
@@ -73,15 +81,7 @@ class LFU:
         self._order.put(blob, self._ranks.get(blob, -inf))
 
     def touched(self, blob: BlobId) -> None:
-        """All scores decay alike, so their order stays: a rank is the logarithm of what a score is worth at time 0.
-
-        Time is counted in half-lives.
-        """
-        before = self._ranks.setdefault(blob, -inf)
-        self._now += 1 / (self._half_life or HALF_LIFE_PER_BLOB * len(self._ranks))
-        rank = self._now + log2(1 + 2 ** (before - self._now))
-        self._ranks[blob] = rank
-        self._order.put(blob, rank)
+        self._order.put(blob, self._counted(blob))
 
     def removed(self, blob: BlobId) -> None:
         self._order.remove(blob)
@@ -89,8 +89,25 @@ class LFU:
     def victims(self) -> Iterator[BlobId]:
         return self._order.ascending()
 
+    def used_elsewhere(self, blob: BlobId) -> bool:
+        """Whether it was used more: else it would leave before it is used again (TinyLFU's rule: Einziger, 2017)."""
+        rank = self._counted(blob)
+        least = next(self._order.ascending(), None)
+        return least is None or rank > self._ranks.get(least, -inf)
+
     def age(self, half_lives: float) -> None:
         self._now += half_lives
+
+    def _counted(self, blob: BlobId) -> float:
+        """The rank of a blob with one use more.
+
+        All scores decay alike, so their order stays: a rank is the logarithm of what a score is worth at time 0. Time
+        is counted in half-lives.
+        """
+        before = self._ranks.setdefault(blob, -inf)
+        self._now += 1 / (self._half_life or HALF_LIFE_PER_BLOB * len(self._ranks))
+        self._ranks[blob] = rank = self._now + log2(1 + 2 ** (before - self._now))
+        return rank
 
 
 def read_seconds(latency_s: float, bps: float) -> Callable[[int], float]:
@@ -129,6 +146,10 @@ class GDSF:
     def victims(self) -> Iterator[BlobId]:
         return self._order.ascending()
 
+    def used_elsewhere(self, blob: BlobId) -> bool:
+        """What comes in is worth more than what left."""
+        return True
+
     def age(self, half_lives: float) -> None:
         """Nothing: it forgets as it goes."""
 
@@ -150,6 +171,10 @@ class Fixed:
 
     def victims(self) -> Iterator[BlobId]:
         return self._order.ascending()
+
+    def used_elsewhere(self, blob: BlobId) -> bool:
+        least = next(self._order.ascending(), None)
+        return least is None or self._worth(blob) > self._worth(least)
 
     def age(self, half_lives: float) -> None:
         """Nothing: there is nothing that it learnt."""

@@ -168,6 +168,15 @@ class Residency:
         """Read `group` when nothing is demanded and if room can be made. A hint: it may never happen."""
         self._hints.extend(blob for blob in group if blob not in self._entries)
 
+    def used_elsewhere(self, group: Iterable[BlobId]) -> None:
+        """`group` was used without being read. It is read as a hint if there is room, or all of it is worth more than
+        what would leave."""
+        absent = [blob for blob in group if blob not in self._entries]
+        worth = [self._policy.used_elsewhere(blob) for blob in absent]
+        room = self.used + sum(map(self._size_of, absent)) <= self.capacity
+        if room or all(worth):
+            self.prefetch(absent)
+
     def foresee(self, groups: Iterable[Group]) -> None:
         """What is likely demanded next, the likeliest first: read when nothing is demanded, last to be evicted.
 

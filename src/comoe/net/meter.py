@@ -1,6 +1,6 @@
 """How fast bytes come over a link while requests are open, one or several at once. Pure: the clock is an argument.
 
-Time in which nothing was asked for does not count, nor does the round trip of a request that is alone.
+Time in which nothing was asked for does not count, nor do round trips in which nothing else could come.
 """
 
 from dataclasses import dataclass, field
@@ -13,10 +13,14 @@ SAMPLE_S = 0.05
 
 @dataclass(slots=True)
 class Meter:
-    """What the open requests of one link have had; `link` is told."""
+    """What the open requests of one link have had; `link` is told.
+
+    `_open` has when each last had a byte, `_due` when its first one came or may come at the earliest.
+    """
 
     link: Link
     _open: dict[int, float] = field(default_factory=dict)
+    _due: dict[int, float] = field(default_factory=dict)
     _next: int = 0
     _nbytes: int = 0
     _counted_s: float = 0.0
@@ -32,18 +36,21 @@ class Meter:
             self._nbytes, self._counted_s = 0, now_s + (self.link.rtt_s or 0.0)
         self._next += 1
         self._open[self._next] = now_s
+        self._due[self._next] = now_s + (self.link.rtt_s or 0.0)
         return self._next
 
     def came(self, request: int, nbytes: int, now_s: float) -> None:
         """So many bytes more of a request have come."""
         self._open[request] = now_s
+        self._due[request] = min(self._due[request], now_s)
         self._nbytes += nbytes
         self.flush(now_s)
 
     def end(self, request: int, now_s: float, *, failed: bool = False) -> None:
         """A request has all of its bytes, or broke."""
         self._flush(now_s, 0.0)
-        del self._open[request]
+        del self._open[request], self._due[request]
+        self._counted_s = max(self._counted_s, min(self._due.values(), default=now_s))
         if failed:
             self.link.failed()
         else:

@@ -200,7 +200,7 @@ class ServedLayer:
         if found is None:
             yield from self._computed(away, chunk, ())
         else:
-            self.serving.cache.prefetch([ways[at].blobs for at in away])
+            self.serving.cache.used_elsewhere([ways[at].blobs for at in away])
             yield from zip(away, found, strict=True)
 
     def _computed(self, positions: Sequence[int], chunk: Chunk, ahead: Sequence[Group]) -> Iterator[tuple[int, Tensor]]:

@@ -43,6 +43,10 @@ class Belady:
     def victims(self) -> Iterator[BlobId]:
         return self._order.ascending()
 
+    def used_elsewhere(self, blob: BlobId) -> bool:
+        """Nothing is: a trace is of one device."""
+        return False
+
     def age(self, half_lives: float) -> None:
         """Nothing: it looks ahead alone."""
 
