@@ -67,7 +67,10 @@ class Host:
 
 
 class Wire:
-    """A wire between two hosts, with an address and an interface at either end: `near` and `far`. It goes with them."""
+    """A wire between two hosts, with an address and an interface at either end: `near` and `far`. It goes with them.
+
+    Single packets pass, not the bundles of up to 64 KiB that the kernel makes of them, which no slow wire has room for.
+    """
 
     def __init__(self, near: Host, far: Host) -> None:
         number = next(NUMBERS)
@@ -79,7 +82,7 @@ class Wire:
         tool("ip", "link", "add", self.near_interface, "netns", near.name, "type", "veth", *peer)
         for host, interface, address in ends:
             host.tool("ip", "addr", "add", f"{address}/24", "dev", interface)
-            host.tool("ip", "link", "set", interface, "up")
+            host.tool("ip", "link", "set", interface, "gso_max_segs", "1", "up")
 
 
 def tool(*words: str) -> str:
