@@ -25,9 +25,9 @@ class TimedSource(Through):
         self._recent: dict[str, float] = {}
 
     def expected_s(self, blob: BlobId) -> float | None:
-        """Seconds that a blob would take, as recent reads of its tier did, or of the slowest; None before the first."""
+        """Seconds that a blob would take, as recent reads of its tier did; None before the first."""
         with self._lock:
-            byte_s = self._recent.get(self._tier(blob), max(self._recent.values(), default=None))
+            byte_s = self._recent.get(self._tier(blob))
         return None if byte_s is None else byte_s * self.nbytes(blob)
 
     def read(self, blob: BlobId, into: memoryview) -> str:

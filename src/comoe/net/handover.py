@@ -16,8 +16,8 @@ LOGGED = 1000
 
 
 class Sight(NamedTuple):
-    """A node as it is seen now: what a request is expected to take, how long nothing came from it, and for how long the
-    oldest open request has had no byte more (0 where none is open)."""
+    """A node as it is seen now: what a request is expected to take, how long nothing came from it, and for how long no
+    request had a byte, while one was open (0 where none is)."""
 
     expected_s: float
     silent_s: float

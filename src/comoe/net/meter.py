@@ -4,6 +4,7 @@ Time in which nothing was asked for does not count, nor do round trips in which 
 """
 
 from dataclasses import dataclass, field
+from math import inf
 
 from comoe.net.links import Link
 
@@ -15,7 +16,7 @@ SAMPLE_S = 0.05
 class Meter:
     """What the open requests of one link have had; `link` is told.
 
-    `_open` has when each last had a byte, `_due` when its first one came or may come at the earliest.
+    `_open` has when each began, `_due` when its first byte came or may come at the earliest.
     """
 
     link: Link
@@ -24,6 +25,7 @@ class Meter:
     _next: int = 0
     _nbytes: int = 0
     _counted_s: float = 0.0
+    _heard_s: float = -inf
 
     @property
     def busy(self) -> bool:
@@ -41,7 +43,7 @@ class Meter:
 
     def came(self, request: int, nbytes: int, now_s: float) -> None:
         """So many bytes more of a request have come."""
-        self._open[request] = now_s
+        self._heard_s = now_s
         self._due[request] = min(self._due[request], now_s)
         self._nbytes += nbytes
         self.flush(now_s)
@@ -61,8 +63,8 @@ class Meter:
         self._flush(now_s, SAMPLE_S)
 
     def waiting_s(self, now_s: float) -> float:
-        """For how long the open request that waits longest has had no byte; 0 where none is open."""
-        return now_s - min(self._open.values(), default=now_s)
+        """For how long no request had a byte, while one was open; 0 where none is."""
+        return now_s - max(self._heard_s, min(self._open.values(), default=now_s))
 
     def _flush(self, now_s: float, least_s: float) -> None:
         seconds = now_s - self._counted_s

@@ -155,7 +155,7 @@ class Sent:
 class RemoteTier:
     """The edge nodes of a model, of which the one of the URL `serving` runs experts. One thread calls.
 
-    Each node has a thread that talks to it. `read_s` says what reading a blob takes here, None while that is unknown.
+    Each node has a thread that talks to it. `read_s` says what reading a blob takes here.
     """
 
     def __init__(
@@ -163,7 +163,7 @@ class RemoteTier:
         links: Sequence[Link],
         serving: Callable[[], str | None],
         manifest: Manifest,
-        read_s: Callable[[BlobId], float | None],
+        read_s: Callable[[BlobId], float],
         clock: Callable[[], float],
     ) -> None:
         self._links, self._serving = {link.remote.url: link for link in links}, serving
@@ -171,6 +171,11 @@ class RemoteTier:
         self._forms = {form: at for at, form in enumerate(manifest.forms)}
         self._before: str | None = None
         self.counts = RemoteCounts()
+
+    @property
+    def ready(self) -> bool:
+        """Whether a node serves that is known to be right."""
+        return self.layer_s < inf
 
     @property
     def layer_s(self) -> float:
@@ -184,7 +189,7 @@ class RemoteTier:
         link = self._link(self._clock())
         if link is None:
             return None
-        timed = sorted(((self._use_s(use), use) for use in wanted), key=lambda pair: pair[0])
+        timed = sorted(((sum(map(self._read_s, use.blobs)), use) for use in wanted), key=lambda pair: pair[0])
         away = num_away([read_s for read_s, _ in timed], link.exchange_s, link.run_s)
         if not away:
             return None
@@ -213,10 +218,6 @@ class RemoteTier:
         self.counts.nbytes += timed.nbytes
         found = torch.from_numpy(timed.answer.y).to(dtype)
         return list(torch.split(found, rows))
-
-    def _use_s(self, use: Wanted) -> float:
-        """What reading for a use takes; 0 while that is unknown, so that it is read."""
-        return sum(self._read_s(blob) or 0.0 for blob in use.blobs)
 
     def close(self) -> None:
         for link in self._links.values():

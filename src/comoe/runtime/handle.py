@@ -18,6 +18,7 @@ from comoe.runtime.choices import Choices
 from comoe.runtime.edgetier import RemoteCounts
 from comoe.runtime.following import Following, following_of
 from comoe.runtime.layer import Counts, Serving, Use
+from comoe.runtime.laying import Laying
 from comoe.runtime.live import Live
 from comoe.runtime.seen import nothing, profile_between
 from comoe.store.pack import Pack
@@ -47,7 +48,7 @@ class Comoe:
 
     `context` is the longest prompt and answer together, in tokens; `promise` the budget of the whole process, None
     where only experts were given one; `earlier_peak` the resident memory that loading took at most; `nodes` are edge
-    nodes, None without any.
+    nodes, None without any; `laying` brings a floor.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class Comoe:
         earlier_peak: int = 0,
         *,
         nodes: "EdgeNodes | None" = None,
+        laying: Laying | None = None,
     ) -> None:
         self._pack, self._serving, self._context, self._promise = pack, serving, context, promise
         self._earlier_peak, self._planned = earlier_peak, serving.cache.capacity
@@ -68,7 +70,7 @@ class Comoe:
         self.choices: Choices | None = None
         self.live: Live | None = None
         self.following: Following | None = None
-        self.nodes = nodes
+        self.nodes, self._laying = nodes, laying
         if promise is not None:
             serving.before_read = self._guard
 
@@ -244,11 +246,15 @@ class Comoe:
         for driver in (self.live, self.following):
             if driver is not None:
                 driver.close()
+        if self._laying is not None:
+            self._laying.stop()
         if self._serving.remote is not None:
             self._serving.remote.close()
         if self.nodes is not None:
             self.nodes.close()
         self.cache.close()
+        if self._laying is not None:
+            self._laying.join()
         self._pack.close()
 
     def __enter__(self) -> "Comoe":

@@ -17,6 +17,7 @@ from comoe.forms.plain import Floats
 from comoe.memory.cache import BlobCache
 from comoe.memory.prefetch import Prefetcher
 from comoe.memory.residency import Group
+from comoe.net.wire import MAX_USES
 from comoe.plan.footprint import CHUNK_TOKENS
 from comoe.plan.ledger import Ledger
 from comoe.plan.missrule import MissRule
@@ -91,7 +92,7 @@ class Serving:
     would take it, and answers whether it does. `early`: prompts may take floors, too. `remote` are edge nodes that run
     what misses; None without any. Where nobody has the bytes of a use that may take no floor, it waits for a link, for
     `patience_s` at most. `steps` are the rungs, coarse to fine, that the plan's target may be one of while it runs: of
-    them the finest form that is there is served.
+    them the finest form that is there is served. While `laying`, floors are still to come; `broken` is why they cannot.
     """
 
     manifest: Manifest
@@ -107,6 +108,8 @@ class Serving:
     remote: RemoteTier | None = None
     patience_s: float = 0.0
     steps: tuple[str, ...] = ()
+    laying: bool = False
+    broken: Exception | None = None
     rungs: dict[str, list[list[Way]]] = field(default_factory=dict)
     seen: list[tuple[Seen, Seen]] = field(init=False)
     """By layer: of prefill, and of decoding."""
@@ -143,6 +146,7 @@ class ServedLayer:
         self._index, self._maths, self.serving = index, maths, serving
         self._num_experts = serving.manifest.layers[index].num_experts
         self._seen = serving.seen[index]
+        self._sends = False
 
     def forward(self, module: nn.Module, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
         """Sum over each token's experts: `x` (N, H), `index` and `weight` (N, K) to (N, H).
@@ -163,6 +167,9 @@ class ServedLayer:
         uses = list(self._uses(index, weight))
         if self.serving.heed is not None:
             self.serving.heed(self._index, x, uses)
+        if self.serving.broken is not None:
+            raise self.serving.broken
+        self._sends = self._can_send(len(x), index.numel())
         ways, ahead = [self._choose(use, decode=decode) for use in uses], self._ahead(x, uses)
         waited_s = 0.0
         while True:
@@ -213,7 +220,7 @@ class ServedLayer:
     def _send(self, x: Tensor, uses: Sequence[Use], ways: Sequence[Way]) -> Sent | None:
         """Let an edge node run what misses, as far as that is sooner done than reading it."""
         serving = self.serving
-        if serving.remote is None or self._maths.plain is None or len(x) > KERNEL_TOKENS:
+        if serving.remote is None or self._maths.plain is None or not self._sends:
             return None
         resident = serving.cache.residents([way.blobs for way in ways])
         wanted = [
@@ -222,6 +229,14 @@ class ServedLayer:
             if not resident[at]
         ]
         return serving.remote.send(self._index, self._maths.plain, wanted, x) if wanted else None
+
+    def _can_send(self, tokens: int, uses: int) -> bool:
+        """Whether an edge node may run experts of such a chunk: with as many tokens as the kernel takes here, whose
+        numbers are the same there, and more where a floor that loses more is all that there will be."""
+        serving = self.serving
+        if serving.remote is None or not serving.remote.ready:
+            return False
+        return tokens <= KERNEL_TOKENS or (serving.laying and uses <= MAX_USES)
 
     def _uses(self, index: Tensor, weight: Tensor) -> Iterator[Use]:
         """The experts that a chunk uses, ascending; rows in the order in which eager transformers takes them."""
@@ -242,8 +257,12 @@ class ServedLayer:
             way = there[1]
         floor = plan.floor if (decode or serving.early) and self._takes_floor(use, hit, decode=decode) else None
         if floor is not None:
-            serving.cache.prefetch([way.blobs])
-            way = there[1] if there is not None else serving.way(self._index, use.expert, floor)
+            coarse = there[1] if there is not None else serving.way(self._index, use.expert, floor)
+            if serving.laying and self._sends and not serving.cache.resident(coarse.blobs):
+                floor = None  # a node is sooner
+            else:
+                serving.cache.prefetch([way.blobs])
+                way = coarse
         serving.counts.uses += 1
         serving.counts.hits += hit and floor is None
         serving.counts.floor_uses += floor is not None

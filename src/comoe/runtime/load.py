@@ -38,6 +38,7 @@ from comoe.runtime.handle import Comoe, Promise
 from comoe.runtime.hook import attach
 from comoe.runtime.hot import hot_experts
 from comoe.runtime.layer import ServedLayer, Serving
+from comoe.runtime.laying import Laying
 from comoe.runtime.options import Options
 from comoe.runtime.skeleton import load_skeleton
 from comoe.runtime.threads import use_threads
@@ -49,7 +50,7 @@ from comoe.store.paced import Paced
 from comoe.store.pack import Pack, refuse_idle_source
 from comoe.store.profile import Profile, read_profile
 from comoe.store.source import Source
-from comoe.types import DoesNotFit, ExpertId, UsageError
+from comoe.types import BlobId, DoesNotFit, ExpertId, UsageError
 from comoe.units import format_size, parse_budget, parse_share, parse_size
 
 if TYPE_CHECKING:
@@ -296,10 +297,6 @@ class Loader:
         predictors |= {"frequent": Frequent(self.ladder.use), "previous": Previous(sizes)}
         return Prefetcher(predictors, foresight, always=self.options.prefetch == "on")
 
-    def _cache(self, capacity: int, largest_group: int) -> BlobCache:
-        policy = POLICIES[self.options.policy]()
-        return self.new_cache(self._source, capacity, largest_group=largest_group, policy=policy)
-
     def _nodes(self, on_failure: ExitStack, math: SiteMath) -> "EdgeNodes | None":
         """The edge nodes; None without any. Raises RemoteUnavailable, and UsageError where they have nothing to do."""
         if not self.options.edges:
@@ -317,10 +314,27 @@ class Loader:
             return None
         right = known_answer(self.pack, math.plain, exact=self.options.max_loss == 0)
         links = open_links(self.options.edges, nodes.there, self.pack, right, perf_counter)
-        manifest, read_s = self.pack.manifest, self._source.expected_s
-        return on_failure.enter_context(
-            closing(RemoteTier(links, lambda: nodes.serving, manifest, read_s, perf_counter))
-        )
+        tier = RemoteTier(links, lambda: nodes.serving, self.pack.manifest, self._read_s, perf_counter)
+        return on_failure.enter_context(closing(tier))
+
+    def _read_s(self, blob: BlobId) -> float:
+        """What reading a blob takes: as long as others of its tier did, or as its link is known to."""
+        expected_s = self._source.expected_s(blob)
+        if expected_s is not None:
+            return expected_s
+        rate_bps, trip_s = self.pack.link_now()
+        return trip_s + self.pack.nbytes(blob) / rate_bps
+
+    def _lay(self, serving: Serving, floor: str) -> Laying | None:
+        """Hold a floor: now, or while the model runs where an edge node runs what has none yet, and nothing else is
+        asked of outputs than a bound."""
+        ways = [serving.way(*expert, floor) for expert in self.most_used]
+        blobs = list(dict.fromkeys(blob for way in ways for blob in way.blobs))
+        if serving.steps and serving.remote is not None and serving.remote.ready:
+            return Laying(serving, blobs).start()
+        self.pack.bring(blobs)
+        serving.cache.hold(blobs)
+        return None
 
     def _serve(
         self,
@@ -340,25 +354,24 @@ class Loader:
         with ExitStack() as on_failure:
             maths = self._maths(model)
             nodes = self._nodes(on_failure, maths[0])
-            cache = on_failure.enter_context(self._cache(capacity, largest))
+            policy = POLICIES[self.options.policy]()
+            cache = on_failure.enter_context(
+                self.new_cache(self._source, capacity, largest_group=largest, policy=policy)
+            )
             prices, options = self.ladder.prices(plan.target, plan.floor), self.options
             ledger = Ledger(prices, options.max_loss, manifest.routing_price)
             prefetcher = self._prefetcher(foresight or {}) if streams else None
             serving = Serving(manifest, cache, plan, ledger, prefetcher=prefetcher, early=self.pack.remote)
             serving.steps = tuple(rung.name for rung in rungs)
             serving.patience_s = LINK_PATIENCE_S if self.pack.remote else 0.0
-            if plan.floor is not None:
-                ways = [serving.way(*expert, plan.floor) for expert in self.most_used]
-                blobs = list(dict.fromkeys(blob for way in ways for blob in way.blobs))
-                self.pack.bring(blobs)
-                cache.hold(blobs)
             if nodes is not None:
                 nodes.hot = partial(hot_experts, serving)
                 serving.remote = self._remote(on_failure, nodes, maths[0])
+            laying = self._lay(serving, plan.floor) if plan.floor is not None else None
             attach(model, [ServedLayer(at, math, serving) for at, math in enumerate(maths)])
             if options.routing_bias:
                 attach_bias(model, serving, options.routing_bias)
-            handle = Comoe(self.pack, serving, self.options.context, promise, earlier_peak, nodes=nodes)
+            handle = Comoe(self.pack, serving, self.options.context, promise, earlier_peak, nodes=nodes, laying=laying)
             object.__setattr__(model, "comoe", handle)
             if self.pack.remote and plan.floor is not None:
                 cache.prefetch([serving.way(*expert, plan.target).blobs for expert in self.most_used])

@@ -1,0 +1,53 @@
+"""A floor that comes while the model runs already: until an expert's is there, an edge node runs that expert."""
+
+import threading
+from collections.abc import Sequence
+
+from comoe.runtime.layer import AGAIN_S, Serving
+from comoe.types import BlobId, DoesNotFit, RemoteUnavailable
+
+AT_ONCE = 16
+"""Blobs that are asked for together: what a token waits for comes after them."""
+
+
+class Laying:
+    """Holds the `blobs` of a floor in a thread of its own, in their order, until all are there or `close`.
+
+    Without a link, or while memory is short, it waits. `serving.laying` says whether it is under way, and
+    `serving.broken` is what it could not go on from.
+    """
+
+    def __init__(self, serving: Serving, blobs: Sequence[BlobId]) -> None:
+        self._serving, self._blobs = serving, blobs
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True, name="comoe-laying")
+
+    def start(self) -> "Laying":
+        self._serving.laying = True
+        self._thread.start()
+        return self
+
+    def stop(self) -> None:
+        """Ask for no more; what was asked for still comes."""
+        self._stop.set()
+
+    def join(self) -> None:
+        """Wait for the thread's end, which `stop` and the end of the cache bring about."""
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            for at in range(0, len(self._blobs), AT_ONCE):
+                while not self._stop.is_set() and not self._held(self._blobs[at : at + AT_ONCE]):
+                    self._stop.wait(AGAIN_S)
+            self._serving.laying = False
+        except Exception as error:
+            if not self._stop.is_set():
+                self._serving.broken = error
+
+    def _held(self, blobs: Sequence[BlobId]) -> bool:
+        try:
+            self._serving.cache.hold(blobs)
+        except (RemoteUnavailable, DoesNotFit):
+            return False
+        return True
