@@ -26,7 +26,7 @@ from comoe.plan.cost import Costs
 from comoe.plan.early import early
 from comoe.plan.footprint import FIRST_USE_FILE_BYTES, Workload, advised, beside_experts, dtype_of, unseen_bytes
 from comoe.plan.ladder import Band, Ladder, ladder_of
-from comoe.plan.ledger import Ledger
+from comoe.plan.ledger import ledger_of
 from comoe.plan.pin import Pin, deterministic, pinned, smallest
 from comoe.plan.planner import Plan, Planner, uniform
 from comoe.runtime.bias import attach_bias
@@ -360,8 +360,8 @@ class Loader:
         streams = self.options.live or plan.floor_bytes + target.beside(floor) > capacity
         with ExitStack() as on_failure:
             cache = on_failure.enter_context(self._cache(capacity, largest))
-            prices, options = self.ladder.prices(plan.target, plan.floor), self.options
-            ledger = Ledger(prices, options.max_loss, manifest.routing_price)
+            options = self.options
+            ledger = ledger_of(manifest, self.ladder, plan, options.max_loss)
             prefetcher = self._prefetcher(foresight or {}) if streams else None
             serving = Serving(manifest, cache, plan, ledger, prefetcher=prefetcher, early=self.pack.remote)
             if plan.floor is not None:
