@@ -22,7 +22,7 @@ from comoe.device.machine import machine
 from comoe.make.protocol import Evaluation
 from comoe.make.score import DomainScore, Score, compare
 from comoe.make.text import windows
-from comoe.plan.likeness import UNLIKE, likeness_of
+from comoe.plan.likeness import UNLIKE, Likeness, likeness_of
 from comoe.plan.pin import Pin
 from comoe.runtime.load import Loader, Options
 from comoe.runtime.seen import copied, profile_between
@@ -46,6 +46,7 @@ def cells(pack: Path, shared: Path) -> Row:
     manifest, texts = loader.pack.manifest, Texts(pack, shared)
     steps = [step for step in manifest.chain if step.certificate is not None][::EVERY]
     known, profiles = _scored(loader, texts, "exact")
+    distances = {domain: distance(manifest, profile) for domain, profile in profiles.items()}
     found = []
     for step in steps:
         assert step.certificate is not None
@@ -61,7 +62,7 @@ def cells(pack: Path, shared: Path) -> Row:
                     "price": max(0.0, step.certificate.loss_ci95[1]),
                     "loss": loss.mean,
                     "loss_ci95": list(loss.ci95),
-                    "distance": distance(manifest, step.name, profiles[domain]),
+                    "distance": distances[domain],
                 }
             )
     loader.pack.close()
@@ -82,9 +83,9 @@ def _scored(loader: Loader, texts: Texts, rung: str) -> tuple[dict[str, DomainSc
     return scores, profiles
 
 
-def distance(manifest: Manifest, step: str, profile: Profile) -> float:
-    """The calibration distance of text that was used as in `profile`."""
-    likeness = likeness_of(manifest, step)
+def distance(manifest: Manifest, profile: Profile) -> float:
+    """The calibration distance of text that uses experts as in `profile`."""
+    likeness = likeness_of(manifest)
     assert likeness is not None
     for routed in profile.routed.values():
         uses, gates = profile.by_layer(routed.uses), profile.by_layer(routed.gates)
@@ -92,6 +93,14 @@ def distance(manifest: Manifest, step: str, profile: Profile) -> float:
             for expert, (tokens, gate) in enumerate(zip(*pairs, strict=True)):
                 likeness.add(layer, expert, float(gate), int(tokens), decode=False)
     return likeness.distance
+
+
+class Uncharged(Likeness):
+    """Tells what text is like, and lets it cost what was certified."""
+
+    @property
+    def charge(self) -> float:
+        return 1.0
 
 
 def runs(pack: Path, shared: Path, plan: Row, exact: dict[str, list[float]], *, careful: bool) -> Row:
@@ -104,7 +113,8 @@ def runs(pack: Path, shared: Path, plan: Row, exact: dict[str, list[float]], *, 
     model = loader.as_pinned(int(plan["share"] * loader.pack.manifest.expert_bytes_bf16))
     with model.comoe as handle:
         if not careful:
-            handle.ledger.likeness = None
+            assert handle.ledger.likeness is not None
+            handle.ledger.likeness = Uncharged(handle.ledger.likeness.layers)
         for run in plan["runs"]:
             answers = list(_answers(model, texts, run["domain"]))
             nats = DomainScore(np.array([answer["nats"] for answer in answers]), np.full(WINDOWS, TOKENS))

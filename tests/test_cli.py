@@ -177,7 +177,7 @@ def test_run_says_once_that_a_text_is_unlike_the_calibration_and_so_may_lose_mor
     assert "unlike" not in comoe(*words).err
     monkeypatch.setattr("comoe.plan.likeness.UNLIKE", 0.0)
     result = comoe(*words)
-    assert result.err.count(told) == 1 and result.err.endswith("of text unlike the calibration.\n")
+    assert result.err.count(told) == 1 and result.err.endswith(", of text unlike the calibration.\n")
     reported = comoe(*words, "--json")
     assert told in reported.err and document(reported)["like_calibration"] is False
     exact = document(comoe(*exactly, "--json"))

@@ -3,13 +3,14 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 from packs import edit, write_pack
 
-from comoe.plan.ladder import PRIOR_USES
-from comoe.plan.likeness import LEAST_SHARE, LayerErrors, Likeness, likeness_of
+from comoe.plan.likeness import LEAST_SHARE, PRIOR_USES, LayerErrors, Likeness, likeness_of
 from comoe.store.manifest import Manifest, read_manifest
 
 CALIBRATED = ((0.5, 0.3, 0.2), (0.2, 0.2, 0.6))
@@ -62,8 +63,8 @@ def test_text_of_less_error_is_alike() -> None:
 
 def test_unlike_text_is_charged_by_the_square_of_its_distance() -> None:
     found = Likeness([LayerErrors((0.0, 4.0), 1.0)])
-    found.add(0, 1, 1.0, 2)
-    assert found.distance == pytest.approx(1 + 3 * 2 / (2 + PRIOR_USES * 2)) and not found.alike
+    found.add(0, 1, 4.0, 4)
+    assert found.distance == pytest.approx(1 + 3 * 4 / (4 + PRIOR_USES * 2)) and not found.alike
     assert found.charge == found.distance**2
 
 
@@ -109,29 +110,46 @@ def read(tmp_path: Path) -> Callable[..., Manifest]:
     return read_
 
 
+RARE = {"errors": {"q4": (0.1, 0.1, 0.2, 0.2)}, "mass": (0.75, 0.25, 0.0, 0.0)}
+
+
 def test_errors_are_for_a_gate_of_1_and_finite_where_calibration_saw_nothing(read: Callable[..., Manifest]) -> None:
-    found = likeness_of(read(errors={"q4": (0.1, 0.1, 0.2, 0.2)}, mass=(0.75, 0.25, 0.0, 0.0)), "q4")
+    manifest = read(**RARE)
+    digit = str(manifest.forms.index("q4"))
+    certified = next(step for step in manifest.chain if step.certificate is not None)
+    step = replace(certified, assignment=(digit * 4, digit * 4))
+    found = likeness_of(replace(manifest, chain=(step,)))
     assert found is not None
+    usual = 0.6 + sum(manifest.layers[1].errors["q4"])
+    assert found.layers[0].usual == pytest.approx(0.6 / usual)
     rare = 0.2 * 4 / LEAST_SHARE
-    assert found.layers[0].usual == pytest.approx(0.6)
-    assert found.layers[0].experts == pytest.approx((0.1 / 0.75, 0.1 / 0.25, rare, rare))
+    expected = [error / usual for error in (0.1 / 0.75, 0.1 / 0.25, rare, rare)]
+    assert found.layers[0].experts == pytest.approx(expected)
 
 
-def test_a_step_has_the_errors_of_its_experts_forms(read: Callable[..., Manifest]) -> None:
-    manifest = read(errors={"merged": (0.3,) * 4, "q4": (0.1,) * 4, "q8": (0.01,) * 4}, mass=(0.25,) * 4)
-    step = next(step for step in manifest.chain if len({*step.assignment[0]}) > 1)
-    by_form = {"merged": 0.3, "q4": 0.1, "q8": 0.01, "exact": 0.0}
-    found = likeness_of(manifest, step.name)
-    assert found is not None
-    assert found.layers[0].experts == pytest.approx([4 * by_form[form] for form in manifest.assignment(step.name)[0]])
+def test_steps_count_alike_whatever_their_errors_are(read: Callable[..., Manifest]) -> None:
+    manifest = read()
+    steps = [step for step in manifest.chain if step.certificate is not None and step.name != "exact"]
+    each = [likeness_of(replace(manifest, chain=(step,))) for step in steps]
+    found = likeness_of(manifest)
+    assert found is not None and len(steps) > 1
+    for at, layer in enumerate(found.layers):
+        alone = [one.layers[at] for one in each if one is not None]
+        assert layer.usual == pytest.approx(sum(one.usual for one in alone) / len(alone))
+        assert layer.experts == pytest.approx(np.mean([one.experts for one in alone], 0))
+    assert sum(layer.usual for layer in found.layers) == pytest.approx(1.0)
 
 
-def test_exact_experts_are_held_against_nothing(read: Callable[..., Manifest]) -> None:
-    assert likeness_of(read(), "exact") is None
+def test_nothing_is_held_against_a_calibration_that_certified_nothing(read: Callable[..., Manifest]) -> None:
+    manifest = read()
+    for steps in ((), tuple(replace(step, certificate=None) for step in manifest.chain), manifest.chain[-1:]):
+        assert likeness_of(replace(manifest, chain=steps)) is None
+    assert likeness_of(replace(manifest, layers=tuple(replace(layer, errors={}) for layer in manifest.layers))) is None
 
 
-def test_layers_whose_errors_were_not_measured_say_nothing(read: Callable[..., Manifest]) -> None:
-    found = likeness_of(read(errors={}, mass=()), "q4")
+@pytest.mark.parametrize("unknown", [{"errors": {}}, {"mass": ()}, {"mass": (0.0,) * 4}])
+def test_layers_that_no_text_reached_say_nothing(read: Callable[..., Manifest], unknown: dict[str, object]) -> None:
+    found = likeness_of(read(**unknown))
     assert found is not None
     found.add(0, 0, 5.0, 5)
     assert found.distance == 1.0

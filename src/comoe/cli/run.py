@@ -236,7 +236,7 @@ class Session:
     def _warn_of_text(self) -> None:
         """Say once a session that the loss bound was not certified for such text."""
         handle = self.model.comoe
-        if not self._warned and handle.stats()["like_calibration"] is False:
+        if not self._warned and _may_lose_more(handle.stats()):
             self._warned = True
             say(
                 f"This text uses experts unlike the pack's calibration: the bound of {handle.ledger.bound:.1%} was "
@@ -322,10 +322,16 @@ def _asked() -> Iterator[str]:
             yield text
 
 
+def _may_lose_more(stats: dict[str, Any]) -> bool:
+    """Whether anything ran otherwise than exact, on text that no bound was certified for."""
+    lossy = stats["shares"].keys() != {"exact"} or stats["moved_share"] > 0
+    return lossy and stats["like_calibration"] is False
+
+
 def _figures(document: dict[str, Any]) -> str:
     read = sum(document["bytes_read"].values())
     each = ""
-    unlike = " of text unlike the calibration" if document["like_calibration"] is False else ""
+    unlike = ", of text unlike the calibration" if _may_lose_more(document) else ""
     if document["ms_per_token"] is not None:
         outside = document["framework_ms_per_token"]
         each = f", then {document['ms_per_token']:.1f} ms each ({outside:.1f} outside experts)"

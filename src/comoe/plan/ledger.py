@@ -98,6 +98,6 @@ class Ledger:
 
 
 def ledger_of(manifest: Manifest, ladder: Ladder, plan: Plan, bound: float) -> Ledger:
-    """The ledger of a plan: text is held against the calibration by the coarsest form that the plan takes."""
-    likeness = likeness_of(manifest, plan.floor or plan.target)
+    """The ledger of a plan; text is held against the calibration where it may lose anything."""
+    likeness = likeness_of(manifest) if bound > 0 else None
     return Ledger(ladder.prices(plan.target, plan.floor), bound, manifest.routing_price, likeness)

@@ -1,6 +1,7 @@
 """Whether text is like what a pack was calibrated on, told by the experts that its routers choose. Pure.
 
-Losses are certified on calibration text; other text uses other experts, and those forms were made for few uses of them.
+Losses are certified on calibration text, and steps of the chain are coarse where that hurts little there. Other text
+uses just those experts more: how much more error it would have is its distance.
 """
 
 from collections.abc import Sequence
@@ -9,11 +10,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from comoe.plan.ladder import PRIOR_USES
+from comoe.plan.ladder import Array, layer_error
 from comoe.store.manifest import LayerEntry, Manifest
 
-UNLIKE = 1.5
-"""Times the calibration's error from which on text is unlike it: see docs/decisions/023."""
+UNLIKE = 1.4
+"""The distance from which on text is unlike the calibration: see docs/decisions/023."""
+
+PRIOR_USES = 4
+"""Of each expert, on average, as many uses as calibration text counts for beside a request's: a few say little."""
 
 LEAST_SHARE = 0.03
 """Of an even share of a layer's gates, what experts are taken to have had that calibration hardly saw."""
@@ -41,9 +45,9 @@ class Errors:
 
 @dataclass(slots=True)
 class Likeness:
-    """Adds up the error of a request's uses, were all of them in one rung, and that of calibration text beside it.
+    """Adds up the error of a request's uses, and of its answer's alone, beside that of calibration text.
 
-    Calibration text counts as `PRIOR_USES` uses of each expert, since a few say little.
+    It is that of all steps of the chain on average, so that it tells of a text whatever the plan is.
     """
 
     layers: Sequence[LayerErrors]
@@ -70,7 +74,7 @@ class Likeness:
 
     @property
     def charge(self) -> float:
-        """How many times its certified price a use costs: as measured, the square of the distance of unlike text."""
+        """How many times its certified price a use costs: of unlike text, the square of its distance, as measured."""
         distance = self.distance
         return distance**2 if distance >= UNLIKE else 1.0
 
@@ -79,16 +83,28 @@ class Likeness:
         self.request, self.answer = Errors(), Errors()
 
 
-def likeness_of(manifest: Manifest, rung: str) -> Likeness | None:
-    """The likeness of text to a pack's calibration, told in a form or a step; None where that has no errors."""
-    found = [_errors(layer, forms) for layer, forms in zip(manifest.layers, manifest.assignment(rung), strict=True)]
-    return Likeness(found) if any(layer.usual for layer in found) else None
+def likeness_of(manifest: Manifest) -> Likeness | None:
+    """What holds text against a pack's calibration; None where no step of its chain has a certificate and errors."""
+    steps = [step.name for step in manifest.chain if step.certificate is not None and step.name != "exact"]
+    found = [errors for errors in (_errors(manifest, step) for step in steps) if errors[1].any()]
+    if not found:
+        return None
+    experts, usual = (np.mean([errors[at] / errors[1].sum() for errors in found], 0) for at in (0, 1))
+    ends = np.cumsum([layer.num_experts for layer in manifest.layers])[:-1]
+    layers = zip(np.split(experts, ends), usual.tolist(), strict=True)
+    return Likeness([LayerErrors(tuple(of_layer.tolist()), of_text) for of_layer, of_text in layers])
 
 
-def _errors(layer: LayerEntry, forms: Sequence[str]) -> LayerErrors:
-    """Zeros where the layer's errors were not measured, or where no text reached it."""
-    if any(form not in layer.errors for form in {*forms} - {"exact"}) or not layer.mass:
-        return LayerErrors((0.0,) * layer.num_experts, 0.0)
-    added = np.array([layer.errors[form][at] if form != "exact" else 0.0 for at, form in enumerate(forms)])
-    shares = np.maximum(layer.mass, LEAST_SHARE / layer.num_experts)
-    return LayerErrors(tuple((added / shares).tolist()), float(added.sum()))
+def _errors(manifest: Manifest, step: str) -> tuple[Array, Array]:
+    """Errors for a gate of 1, of all experts (N,) and of calibration text by layer (L,)."""
+    found = [_of_layer(layer, forms) for layer, forms in zip(manifest.layers, manifest.assignment(step), strict=True)]
+    added = [errors / np.maximum(shares, LEAST_SHARE / len(shares)) for errors, shares in found]
+    return np.concatenate(added), np.array([errors.sum() for errors, _ in found])
+
+
+def _of_layer(layer: LayerEntry, forms: Sequence[str]) -> tuple[Array, Array]:
+    """What each expert (E,) adds to a layer's error, and its share of the gates (E,); nothing where no text came by."""
+    shares = np.array(layer.mass or [0.0] * layer.num_experts)
+    if layer_error(layer, forms) is None or not shares.any():
+        return np.zeros(layer.num_experts), shares
+    return np.array([layer.errors[form][at] if form != "exact" else 0.0 for at, form in enumerate(forms)]), shares

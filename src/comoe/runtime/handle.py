@@ -128,9 +128,9 @@ class Comoe:
         `link_failures` uses took the floor because no node had their experts' bytes.
         `edge_runs` uses were run by edge nodes since then, in `edge_bytes` of messages; `edge_failures` requests to
         them failed, and the device read instead.
-        `calibration_distance` is how many times the error of calibration text this request's experts would have, were
-        all of them as coarse as the plan allows; `like_calibration` says whether certified losses hold for such text.
-        Where they do not, `loss_ledger` is higher by as much as was measured. None where everything is exact.
+        `calibration_distance` is how many times the error of calibration text this request's experts have, over all
+        steps of the chain; `like_calibration` says whether certified losses hold for such text. Where they do not,
+        `loss_ledger` is higher by as much as was measured. None where no loss was allowed, or none was certified.
         `moved_share` of the answer's gates went to other experts, as a routing bias has it.
         `yielded_bytes` are what the cache gave up to keep the budget; `beside_experts_bytes` what the process was
         measured to need beside it, None where experts alone have a budget; `peak_bytes` counts from its start.
