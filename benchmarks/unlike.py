@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 from live import ELSEWHERE, PROMPT, SEED, THREADS, TOKENS, WINDOWS, Texts, exact_nats
+from msgspec.structs import replace
 
 from comoe.bench.rows import Job, Row, RowFile, collect
 from comoe.device.machine import machine
@@ -27,7 +28,7 @@ from comoe.plan.pin import Pin
 from comoe.runtime.load import Loader, Options
 from comoe.runtime.seen import copied, profile_between
 from comoe.store.decisions import identity
-from comoe.store.manifest import Manifest, read_manifest
+from comoe.store.manifest import ChainStep, Manifest, read_manifest
 from comoe.store.pack import Pack
 from comoe.store.profile import Profile
 
@@ -35,6 +36,9 @@ CONTEXT = 288
 CACHE_BYTES = 256 << 20
 EVERY = 2
 """Of a chain's steps, one in so many is a cell."""
+
+RARE = 0.25
+"""Of an even share of a layer's gates, what an expert has less of in calibration text that is rare there."""
 
 LEAST_PRICE = 0.002
 """Cells whose certified price is less say nothing: their losses are noise."""
@@ -46,7 +50,6 @@ def cells(pack: Path, shared: Path) -> Row:
     manifest, texts = loader.pack.manifest, Texts(pack, shared)
     steps = [step for step in manifest.chain if step.certificate is not None][::EVERY]
     known, profiles = _scored(loader, texts, "exact")
-    distances = {domain: distance(manifest, profile) for domain, profile in profiles.items()}
     found = []
     for step in steps:
         assert step.certificate is not None
@@ -62,7 +65,7 @@ def cells(pack: Path, shared: Path) -> Row:
                     "price": max(0.0, step.certificate.loss_ci95[1]),
                     "loss": loss.mean,
                     "loss_ci95": list(loss.ci95),
-                    "distance": distances[domain],
+                    "measures": measures(manifest, step, profiles[domain]),
                 }
             )
     loader.pack.close()
@@ -81,6 +84,22 @@ def _scored(loader: Loader, texts: Texts, rung: str) -> tuple[dict[str, DomainSc
             scores[domain] = evaluation.nats(text)
             profiles[domain] = profile_between(before, copied(model.comoe._serving.seen))
     return scores, profiles
+
+
+def measures(manifest: Manifest, step: ChainStep, profile: Profile) -> dict[str, float]:
+    """By what text that uses experts as in `profile` may be told from the calibration's."""
+    gates = profile.by_layer(np.sum([routed.gates for routed in profile.routed.values()], 0))
+    moved, rare = [], []
+    for layer, found in zip(manifest.layers, gates, strict=True):
+        shares, usual = found / found.sum(), np.array(layer.mass)
+        moved.append(0.5 * float(np.abs(shares - usual).sum()))
+        rare.append(float(shares[usual < RARE / layer.num_experts].sum()))
+    return {
+        "distance": distance(manifest, profile),
+        "distance by the step alone": distance(replace(manifest, chain=(step,)), profile),
+        "gates that moved": float(np.mean(moved)),
+        "gates of rare experts": float(np.mean(rare)),
+    }
 
 
 def distance(manifest: Manifest, profile: Profile) -> float:
@@ -162,29 +181,26 @@ def _runs(row: Row, pack: str, careful: bool) -> list[Row]:
 
 
 def _of_cells(found: Sequence[Row]) -> Row:
-    """How well the distance, and its square times the price, foretell losses."""
+    """How well measures rank what losses are of certified prices, and how often losses exceed what is charged."""
     kept = [cell for cell in found if cell["price"] > LEAST_PRICE]
-    ratio = np.log([max(cell["loss"] / cell["price"], 0.1) for cell in kept])
-    far = np.log([cell["distance"] for cell in kept])
-    unlike = np.array([cell["distance"] >= UNLIKE for cell in kept])
-    charged = np.array([cell["price"] * cell["distance"] ** 2 for cell in kept])
-    losses = np.array([cell["loss"] for cell in kept])
+    losses, prices = (np.array([cell[key] for cell in kept]) for key in ("loss", "price"))
+    by = {name: np.array([cell["measures"][name] for cell in kept]) for name in kept[0]["measures"]}
+    far = by["distance"]
     return {
         "cells": len(kept),
-        "slope": float(np.polyfit(far, ratio, 1)[0]),
-        "correlation": float(np.corrcoef(far, ratio)[0, 1]),
-        "unlike": int(unlike.sum()),
-        "above_price": {
-            "like": _share(losses > _prices(kept), ~unlike),
-            "unlike": _share(losses > _prices(kept), unlike),
-        },
-        "above_charge": _share(losses > charged, unlike),
-        "most_distant": max(cell["distance"] for cell in kept),
+        "rank_correlation": {name: _rank_correlation(found, losses / prices) for name, found in by.items()},
+        "distances": [float(far.min()), float(far.max())],
+        "slope": float(np.polyfit(np.log(far), np.log(np.maximum(losses / prices, 0.1)), 1)[0]),
+        "unlike": int((far >= UNLIKE).sum()),
+        "like_above_price": _share(losses > prices, far < UNLIKE),
+        "unlike_above_price": _share(losses > prices, far >= UNLIKE),
+        "unlike_above_charge": _share(losses > prices * far**2, far >= UNLIKE),
     }
 
 
-def _prices(found: Sequence[Row]) -> Any:
-    return np.array([cell["price"] for cell in found])
+def _rank_correlation(one: Any, other: Any) -> float:
+    ranks = [values.argsort().argsort() for values in (one, other)]
+    return float(np.corrcoef(*ranks)[0, 1])
 
 
 def _of_runs(found: Sequence[Row]) -> Row:
