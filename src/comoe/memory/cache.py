@@ -199,11 +199,13 @@ class BlobCache:
             raise RuntimeError("the cache is closed")
 
     def _release(self, tickets: Iterable[Ticket]) -> None:
+        """Let go of tickets. An I/O thread is woken for a read alone: each time, computing would wait for its turn."""
         with self._changed:
             for ticket in tickets:
                 self._residency.release(ticket)
             self._apply_evictions()
-            self._changed.notify_all()
+            if self._residency.may_start:
+                self._changed.notify_all()
 
     def _apply_evictions(self) -> None:
         """Give the buffers of evicted blobs back. The lock is held."""
