@@ -18,19 +18,22 @@ from comoe.bench.rows import Row
 from comoe.bench.staged import Answer, columns, score, staged
 from comoe.bench.turns import Side
 from comoe.device.costs import measured_costs
+from comoe.device.probe import wake_s
 from comoe.make.calibrate import held_out
 from comoe.make.certify import certify
 from comoe.make.protocol import Evaluation
 from comoe.make.recipe import Recipe
 from comoe.make.score import Score
 from comoe.make.trace import CONTEXT, Turn, record, turns
+from comoe.memory.predict import Learned
+from comoe.memory.prefetch import Prefetcher
 from comoe.memory.residency import Group
 from comoe.plan.ladder import Ladder, ladder_of
 from comoe.plan.pin import Pin
 from comoe.runtime.load import Loader, Options
 from comoe.sim.reader import Times
 from comoe.sim.replay import GroupOf
-from comoe.store.foresight import Foresight, read_foresight
+from comoe.store.foresight import Floats, Foresight, read_foresight
 from comoe.store.pack import Pack
 from comoe.store.trace import Trace
 from comoe.types import ExpertId
@@ -39,6 +42,7 @@ UNIFORM = ("q2", "q3", "q4", "q8", "exact")
 """Forms that a method without a chain gives to all experts alike."""
 
 TIMED_TOKENS = 64
+FORETOLD = 32
 
 
 class Scope(NamedTuple):
@@ -202,16 +206,26 @@ class Contender:
 
     def timing(self, side: Side, compute_s: dict[str, float]) -> Row:
         """From a side that has decoded with exact experts in memory: seconds of a token outside experts, of a use
-        beside its computing, of computing an expert by form, and of a layer. The first window does not count."""
+        beside its computing, of computing an expert by form, and of a layer; as `sim.reader.Times` has them, of waking
+        and of foretelling. The first window does not count."""
         tokens = sum(map(len, side.ms)) - len(side.ms)
         per_token, use_s = side.uses["all"] / tokens, side.expert_s / side.uses["all"]
-        token_s = float(np.median(np.concatenate([ms[1:] for ms in side.ms[1:]]))) / 1e3
+        token_s = float(np.mean(np.concatenate([ms[1:] for ms in side.ms[1:]]))) / 1e3
         return {
             "outside_s": max(0.0, token_s - per_token * use_s),
             "use_s": max(0.0, use_s - compute_s["exact"]),
             "compute_s": compute_s,
             "layer_s": token_s / self.depth,
+            "wake_s": wake_s(perf_counter),
+            "ahead_s": self._ahead_s(),
         }
+
+    def _ahead_s(self) -> float:
+        """Seconds of foretelling what one layer uses: 0 without foresight."""
+        ahead = Prefetcher({"learned": Learned(self.foresight)}, self.foresight, always=True)
+        inputs = {link: np.zeros((1, len(weights) - 1), np.float32) for link, weights in self.foresight.items()}
+        seconds = [_step_s(ahead, link.layer, x) for _ in range(FORETOLD) for link, x in inputs.items()]
+        return float(np.median(seconds)) if seconds else 0.0
 
     def compute_s(self) -> dict[str, float]:
         """Seconds of computing an expert by form, from what this device was just measured to do."""
@@ -240,3 +254,9 @@ class Contender:
         found = Loader(Pack(self.packed.folder), Options(context=CONTEXT, dtype="float32", **options))
         found.pin = pin
         return found
+
+
+def _step_s(ahead: Prefetcher, layer: int, x: Floats) -> float:
+    start_s = perf_counter()
+    ahead.step(layer, 1, [0], lambda: x, start_s)
+    return perf_counter() - start_s
