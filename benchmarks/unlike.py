@@ -40,6 +40,9 @@ EVERY = 2
 RARE = 0.25
 """Of an even share of a layer's gates, what an expert has less of in calibration text that is rare there."""
 
+LEAST_RATE = 0.02
+"""Of a run's uses, floors that are taken by less do not make its loss: its target does."""
+
 LEAST_PRICE = 0.002
 """Cells whose certified price is less say nothing: their losses are noise."""
 
@@ -170,7 +173,8 @@ def figures(rows: Sequence[Row]) -> dict[str, Any]:
             found["cells"][row["pack"]] = _of_cells(row["cells"])
     for name in dict.fromkeys(row["pack"] for row in rows if row["kind"] == "runs"):
         before, after = ([run for row in rows for run in _runs(row, name, careful)] for careful in (False, True))
-        found["runs"][name] = {"before": _of_runs(before), "after": _of_runs(after)}
+        told = {"after": _of_runs(after), **_of_ledger(after)}
+        found["runs"][name] = told | ({"before": _of_runs(before)} if len(before) == len(after) else {})
     return found
 
 
@@ -204,25 +208,49 @@ def _rank_correlation(one: Any, other: Any) -> float:
 
 
 def _of_runs(found: Sequence[Row]) -> Row:
-    above = np.array([run["above"] for run in found])
-    floors = np.array([run["floor"] is not None for run in found])
+    """How many runs lost more than their bound, and of how many it was said that their text is unlike."""
+    above, exceeds = (np.array([_loses(run, by) for run in found]) for by in ("interval", "mean"))
     warned = np.array([any(answer["like_calibration"] is False for answer in run["answers"]) for run in found])
-    beyond = np.array([any(answer["loss_ledger"] > run["bound"] for answer in run["answers"]) for run in found])
-    exceeds = np.array([run["loss"] > run["bound"] for run in found])
+    floored = np.array([run["floor"] is not None for run in found])
+    rates = np.array([np.mean([answer["floor_rate"] for answer in run["answers"]]) for run in found])
     return {
         "runs": len(found),
         "above": int(above.sum()),
+        "above_with_floor": int(above[floored].sum()),
+        "above_with_floor_hardly_taken": int((above & floored & (rates < LEAST_RATE)).sum()),
         "exceed": int(exceeds.sum()),
-        "above_with_floor": int(above[floors].sum()),
-        "floor_rate": float(np.mean([answer["floor_rate"] for run in found for answer in run["answers"]])),
+        "floor_rate_with_floor": float(rates[floored].mean()),
+        "loss_with_floor": float(np.mean([run["loss"] for run in found if run["floor"] is not None])),
         "warned": int(warned.sum()),
         "warned_of_above": _share(warned, above),
         "warned_of_exceeding": _share(warned, exceeds),
         "warned_of_not_above": _share(warned, ~above),
         "warned_of_not_exceeding": _share(warned, ~exceeds),
+    }
+
+
+def _of_ledger(found: Sequence[Row]) -> Row:
+    """How often the ledger, which charges for unlike text, has an answer lose more than its bound; the distances."""
+    beyond = np.array([any(answer["loss_ledger"] > run["bound"] for answer in run["answers"]) for run in found])
+    above, exceeds = (np.array([_loses(run, by) for run in found]) for by in ("interval", "mean"))
+    far = [answer["calibration_distance"] for run in found for answer in run["answers"]]
+    return {
         "ledger_beyond_of_above": _share(beyond, above),
         "ledger_beyond_of_not_above": _share(beyond, ~above),
+        "ledger_beyond_of_not_exceeding": _share(beyond, ~exceeds),
+        "most_distant": max(far),
+        "distances": {domain: _distance(found, domain) for domain in sorted({run["domain"] for run in found})},
     }
+
+
+def _distance(found: Sequence[Row], domain: str) -> float:
+    mine = [run for run in found if run["domain"] == domain]
+    return float(np.mean([answer["calibration_distance"] for run in mine for answer in run["answers"]]))
+
+
+def _loses(run: Row, by: str) -> bool:
+    """Whether a run's loss is above its bound, or its whole interval is."""
+    return bool((run["loss_ci95"][0] if by == "interval" else run["loss"]) > run["bound"])
 
 
 def _share(flags: Any, among: Any) -> float | None:
@@ -262,7 +290,7 @@ def main() -> None:
     parser.add_argument("--live", type=Path, default=Path(__file__).with_name("live.json"), help="Plans to run again.")
     parser.add_argument("--shared", type=Path, required=True, help="The folder of the shared texts.")
     parser.add_argument("--rows", type=Path, help="Finished rows, kept and taken from here.")
-    json.dump(measure(parser.parse_args()), sys.stdout, indent=1)
+    json.dump(measure(parser.parse_args()), sys.stdout)
     sys.stdout.write("\n")
 
 
