@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
 from time import perf_counter
@@ -16,7 +17,7 @@ from comoe.bench.material import Material
 from comoe.bench.published import METHODS
 from comoe.bench.rows import Row
 from comoe.bench.staged import Answer, columns, score, staged
-from comoe.bench.turns import Side
+from comoe.bench.turns import Side, decode_in_turns
 from comoe.device.costs import measured_costs
 from comoe.device.probe import wake_s
 from comoe.make.calibrate import held_out
@@ -25,15 +26,13 @@ from comoe.make.protocol import Evaluation
 from comoe.make.recipe import Recipe
 from comoe.make.score import Score
 from comoe.make.trace import CONTEXT, Turn, record, turns
-from comoe.memory.predict import Learned
-from comoe.memory.prefetch import Prefetcher
 from comoe.memory.residency import Group
 from comoe.plan.ladder import Ladder, ladder_of
 from comoe.plan.pin import Pin
 from comoe.runtime.load import Loader, Options
 from comoe.sim.reader import Times
 from comoe.sim.replay import GroupOf
-from comoe.store.foresight import Floats, Foresight, read_foresight
+from comoe.store.foresight import Foresight, read_foresight
 from comoe.store.pack import Pack
 from comoe.store.trace import Trace
 from comoe.types import ExpertId
@@ -42,7 +41,6 @@ UNIFORM = ("q2", "q3", "q4", "q8", "exact")
 """Forms that a method without a chain gives to all experts alike."""
 
 TIMED_TOKENS = 64
-FORETOLD = 32
 
 
 class Scope(NamedTuple):
@@ -198,34 +196,37 @@ class Contender:
 
     def timed(self) -> Row:
         """What this device takes, in seconds, with everything in memory: see `timing`."""
-        side = self.side(model := self.loader(Pin(None, "exact")).resident("exact"))
-        with model.comoe:
-            for _ in range(3):
-                side.decode(self.windows[0], TIMED_TOKENS, perf_counter)
-        return self.timing(side, self.compute_s())
+        with ExitStack() as stack:
+            sides = self.references(stack)
+            decode_in_turns(sides, self.windows[:1] * 3, TIMED_TOKENS, perf_counter)
+        return self.timing(*sides, self.compute_s())
 
-    def timing(self, side: Side, compute_s: dict[str, float]) -> Row:
-        """From a side that has decoded with exact experts in memory: seconds of a token outside experts, of a use
-        beside its computing, of computing an expert by form, and of a layer; as `sim.reader.Times` has them, of waking
-        and of foretelling. The first window does not count."""
-        tokens = sum(map(len, side.ms)) - len(side.ms)
-        per_token, use_s = side.uses["all"] / tokens, side.expert_s / side.uses["all"]
-        token_s = float(np.mean(np.concatenate([ms[1:] for ms in side.ms[1:]]))) / 1e3
+    def references(self, stack: ExitStack) -> tuple[Side, Side]:
+        """Exact experts in memory, and all but one of them beside foretelling all the time: what sets the clock."""
+        exact = Pin(None, "exact")
+        resident = self.loader(exact).resident("exact")
+        foretelling = self.loader(exact, prefetch="on").as_pinned(self.ladder.exact.nbytes - 1)
+        for model in (resident, foretelling):
+            stack.enter_context(model.comoe)
+        return self.side(resident), self.side(foretelling)
+
+    def timing(self, resident: Side, foretelling: Side, compute_s: dict[str, float]) -> Row:
+        """From `references` that have decoded: seconds of a token outside experts, of a use beside its computing, of
+        computing an expert by form, and of a layer; as `sim.reader.Times` has them, of waking and of foretelling.
+
+        The first window does not count. Means, as those of the ways that are timed: a busy machine makes both longer.
+        """
+        tokens = sum(map(len, resident.ms)) - len(resident.ms)
+        per_token, use_s = resident.uses["all"] / tokens, resident.expert_s / resident.uses["all"]
+        token_s, foretold_s = (_token_s(side) for side in (resident, foretelling))
         return {
             "outside_s": max(0.0, token_s - per_token * use_s),
             "use_s": max(0.0, use_s - compute_s["exact"]),
             "compute_s": compute_s,
             "layer_s": token_s / self.depth,
             "wake_s": wake_s(perf_counter),
-            "ahead_s": self._ahead_s(),
+            "ahead_s": max(0.0, foretold_s - token_s) / self.depth,
         }
-
-    def _ahead_s(self) -> float:
-        """Seconds of foretelling what one layer uses: 0 without foresight."""
-        ahead = Prefetcher({"learned": Learned(self.foresight)}, self.foresight, always=True)
-        inputs = {link: np.zeros((1, len(weights) - 1), np.float32) for link, weights in self.foresight.items()}
-        seconds = [_step_s(ahead, link.layer, x) for _ in range(FORETOLD) for link, x in inputs.items()]
-        return float(np.median(seconds)) if seconds else 0.0
 
     def compute_s(self) -> dict[str, float]:
         """Seconds of computing an expert by form, from what this device was just measured to do."""
@@ -256,7 +257,5 @@ class Contender:
         return found
 
 
-def _step_s(ahead: Prefetcher, layer: int, x: Floats) -> float:
-    start_s = perf_counter()
-    ahead.step(layer, 1, [0], lambda: x, start_s)
-    return perf_counter() - start_s
+def _token_s(side: Side) -> float:
+    return float(np.mean(np.concatenate([ms[1:] for ms in side.ms[1:]]))) / 1e3

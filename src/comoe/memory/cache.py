@@ -8,7 +8,7 @@ from types import TracebackType
 
 from comoe.memory.arena import Arena, Buffer, held_size
 from comoe.memory.policy import LRU, Policy
-from comoe.memory.residency import Group, Phase, Residency, Tally, Ticket, first_ready
+from comoe.memory.residency import Group, Residency, Tally, Ticket, first_ready
 from comoe.store.source import Source
 from comoe.types import BlobId, DoesNotFit
 
@@ -106,7 +106,7 @@ class BlobCache:
         with self._changed:
             for group in groups:
                 self._residency.prefetch(group)
-            self._changed.notify_all()
+            self._wake_reader()
 
     def resize(self, capacity: int) -> None:
         """Change the capacity. What is not pinned leaves at once, a pinned group when its consumer has done with it.
@@ -184,8 +184,7 @@ class BlobCache:
                 self._release(())
                 raise
             self._apply_evictions()
-            if ahead or any(ticket.phase is not Phase.READY for ticket in tickets.values()):
-                self._changed.notify_all()
+            self._wake_reader()
             return tickets
 
     def _next_ready(self, tickets: dict[int, Ticket]) -> tuple[int, Ticket]:
@@ -199,13 +198,16 @@ class BlobCache:
             raise RuntimeError("the cache is closed")
 
     def _release(self, tickets: Iterable[Ticket]) -> None:
-        """Let go of tickets. An I/O thread is woken for a read alone: each time, computing would wait for its turn."""
         with self._changed:
             for ticket in tickets:
                 self._residency.release(ticket)
             self._apply_evictions()
-            if self._residency.may_start:
-                self._changed.notify_all()
+            self._wake_reader()
+
+    def _wake_reader(self) -> None:
+        """Wake I/O threads if there is something to read: computing waits for its turn each time. The lock is held."""
+        if self._residency.may_start:
+            self._changed.notify_all()
 
     def _apply_evictions(self) -> None:
         """Give the buffers of evicted blobs back. The lock is held."""
