@@ -214,7 +214,7 @@ class Contender:
         """From `references` that have decoded: seconds of a token outside experts, of a use beside its computing, of
         computing an expert by form, and of a layer; as `sim.reader.Times` has them, of waking and of foretelling.
 
-        The first window does not count. Means, as those of the ways that are timed: a busy machine makes both longer.
+        The first window does not count. Of tokens the median: what else a machine does is not the device's.
         """
         tokens = sum(map(len, resident.ms)) - len(resident.ms)
         per_token, use_s = resident.uses["all"] / tokens, resident.expert_s / resident.uses["all"]
@@ -258,4 +258,4 @@ class Contender:
 
 
 def _token_s(side: Side) -> float:
-    return float(np.mean(np.concatenate([ms[1:] for ms in side.ms[1:]]))) / 1e3
+    return float(np.median(np.concatenate([ms[1:] for ms in side.ms[1:]]))) / 1e3
