@@ -346,3 +346,15 @@ def test_reads_for_an_abandoned_demand_do_not_delay_the_next() -> None:
         source.let.release(100)
         list(cache.serve([group(50)]))
         assert len(source.order) - begun <= 3
+
+
+def test_an_io_thread_is_woken_for_reads_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    with opened(3) as (cache, _):
+        list(cache.serve([group(0), group(1)]))
+        woken = []
+        monkeypatch.setattr(cache._changed, "notify_all", lambda: woken.append(1))
+        list(cache.serve([group(0), group(1)], [group(1)]))
+        cache.prefetch([group(0)])
+        assert not woken
+        monkeypatch.undo()
+        assert [position for position, _ in cache.serve([group(2), group(0)])] == [1, 0]

@@ -159,11 +159,29 @@ def test_run_answers_with_the_keys_of_the_contract(comoe: Comoe, packed: Path) -
     got = document(comoe("run", packed, "--expert-memory", "30%", "-p", "fox", "-n", 5, "--ignore-eos", "--json"))
     assert got.keys() >= {
         "text", "tokens", "prefill_ms", "ms_per_token", "framework_ms_per_token", "hit_rate", "floor_rate",
-        "bytes_read", "expert_memory_bytes", "peak_bytes", "loss_ledger", "shares", "plan",
+        "bytes_read", "expert_memory_bytes", "peak_bytes", "loss_ledger", "calibration_distance", "like_calibration",
+        "shares", "plan",
     }  # fmt: skip
     assert got["tokens"] == 5
     assert got["expert_memory_bytes"] <= 0.3 * Pack(packed).manifest.expert_bytes_bf16
     assert got["bytes_read"]["flash"] > 0
+
+
+def test_run_says_once_that_a_text_is_unlike_the_calibration_and_so_may_lose_more(
+    comoe: Comoe, packed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exactly = ("run", packed, "--expert-memory", "30%", "-p", "fox", "-n", 5, "--ignore-eos")
+    words = (*exactly, "--max-loss", "50%")
+    told = "unlike the pack's calibration: the bound of 50.0% was certified for other text"
+    monkeypatch.setattr("comoe.plan.likeness.UNLIKE", float("inf"))
+    assert "unlike" not in comoe(*words).err
+    monkeypatch.setattr("comoe.plan.likeness.UNLIKE", 0.0)
+    result = comoe(*words)
+    assert result.err.count(told) == 1 and result.err.endswith(", of text unlike the calibration.\n")
+    reported = comoe(*words, "--json")
+    assert told in reported.err and document(reported)["like_calibration"] is False
+    exact = document(comoe(*exactly, "--json"))
+    assert (exact["calibration_distance"], exact["like_calibration"]) == (None, None)
 
 
 def test_run_streams_the_same_text_as_it_reports(comoe: Comoe, packed: Path) -> None:

@@ -22,7 +22,7 @@ from comoe.store.pack import Pack
 from comoe.types import CorruptBlob, ExpertId
 
 TEXTS = [CALIBRATION, "314159 " * 30]
-TIMES = Times(lambda nbytes: 1e-6 * nbytes, 2e-4, 3e-3)
+TIMES = Times(lambda nbytes: 1e-6 * nbytes, 2e-4, 3e-3, wake_s=1e-4, ahead_s=5e-5)
 
 
 def loader(packed: Path, target: str = "exact", floor: str | None = None, **options: Any) -> Loader:

@@ -216,6 +216,12 @@ def test_reads_that_take_longer_the_shorter_they_are_still_give_rates_above_zero
     assert rate > 0 <= latency
 
 
+def test_waking_is_what_a_read_takes_beyond_its_own_time_and_a_hits() -> None:
+    took = [probe.PROBED_READ_S + 0.003] * 4 + [0.001] * 4
+    ticks = iter([tick for seconds in took for tick in (0.0, seconds)])
+    assert probe.wake_s(lambda: next(ticks), repeats=4) == pytest.approx(0.002)
+
+
 def test_compute_is_measured_on_matrices_that_take_turns() -> None:
     weights = Matrix(Code.BF16, 64, 64, np.zeros(64 * 64 * 2, np.uint8))
     ticks = iter(range(10**6))

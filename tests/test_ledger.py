@@ -8,6 +8,7 @@ from ladders import ladder, ladders
 
 from comoe.plan.ladder import Ladder, Prices
 from comoe.plan.ledger import Ledger
+from comoe.plan.likeness import LayerErrors, Likeness
 
 PRICES = Prices(target=(0.0, 0.01), floor=(0.11, 0.33))
 
@@ -226,3 +227,36 @@ def test_experts_that_the_certified_text_never_used_are_dear_and_not_free() -> N
     )
     assert not Ledger(never.prices("exact", "half"), 0.04).allows_floor(0, 1e-3)
     assert never.exposure(never.exact, never.rung("half")) > 100
+
+
+def unlike() -> Likeness:
+    """Of a request whose text has 4 times the error of the calibration, and more uses than any prior counts for."""
+    found = Likeness([LayerErrors((1.0, 4.0), 1.0)] * 2)
+    found.add(0, 1, 1e6, 10**6)
+    return found
+
+
+def test_all_that_a_request_spent_costs_more_where_its_text_is_unlike_the_calibration() -> None:
+    found = Ledger(PRICES, 0.05, likeness=unlike())
+    added(found, 1, False, 1.0)
+    assert found.loss == pytest.approx(16 * 0.01, rel=1e-3)
+
+
+def test_text_unlike_the_calibration_waits_sooner() -> None:
+    careful, careless = Ledger(PRICES, 0.05, likeness=unlike()), ledger(0.05)
+    for found in (careful, careless):
+        added(found, 0, False, 10.0)
+    assert careless.allows_floor(0, 1.0) and not careful.allows_floor(0, 1.0)
+    assert careful.allows_floor(0, 0.25)
+
+
+def test_a_bias_moves_less_where_text_is_unlike_the_calibration() -> None:
+    careful, careless = Ledger(PRICES, 0.05, 0.4, unlike()), Ledger(PRICES, 0.05, 0.4)
+    assert careless.move(0, 1.0, 0.1) and not careful.move(0, 1.0, 0.1)
+
+
+def test_the_next_request_is_charged_for_its_own_text() -> None:
+    found = Ledger(PRICES, 0.05, likeness=unlike())
+    found.clear()
+    added(found, 1, False, 1.0)
+    assert found.loss == pytest.approx(0.01)

@@ -162,6 +162,7 @@ READ_S = lambda nbytes: nbytes / PAGE  # noqa: E731
         (1, Times(READ_S, 0.5), [2 * 1.5, 0.5 + 1.5, 2 * 1.5]),  # no room to read ahead
         (4, Times(READ_S, 0.5, 10.0), [10 + 2.5, 10 + 1, 10 + 1.5]),
         (4, Times(), [0.0, 0.0, 0.0]),
+        (4, Times(READ_S, 0.5, wake_s=0.25), [1.25 + 1.25 + 0.5, 2 * 0.5, 0.5 + 1.25 - 0.5 + 0.5]),
     ],
 )
 def test_reads_and_computing_overlap_where_memory_allows(pages: int, times: Times, seconds: list[float]) -> None:
@@ -245,11 +246,11 @@ def test_what_is_foretold_is_read_while_the_layer_before_computes() -> None:
     ahead = Foreseen(np.array([0, 1, 1, 2, 2]), np.repeat(sure[0], 2), np.repeat(sure[1], 2))
     foretold = Foretold(ahead, [NUM_EXPERTS] * 2)
     prefetcher = Prefetcher({"told": foretold}, [Link(0, 1)], always=True)
-    for reads_ahead, ms in ((True, [1 + 2 + 2, 4]), (False, [1 + 2 + 1 + 2, 4])):
+    for reads_ahead, ms in ((True, [0.25 + 1 + 2 + 2, 0.25 + 4]), (False, [1 + 2 + 1 + 2, 4])):
         cell = Cell(4 * PAGE, LRU())
         if reads_ahead:
             cell = cell._replace(before_chunk=foretold.begin, prefetcher=prefetcher)
-        found = replay(trace, cell, alone, lambda blob: PAGE, Times(READ_S, 2.0))
+        found = replay(trace, cell, alone, lambda blob: PAGE, Times(READ_S, 2.0, ahead_s=0.25))
         assert found.ms.tolist() == pytest.approx([1e3 * seconds for seconds in ms])
         assert found.hits.tolist() == [int(reads_ahead), 2]
         assert (found.tally.prefetched, found.tally.prefetch_wasted) == (PAGE * reads_ahead, 0)

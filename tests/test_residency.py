@@ -86,9 +86,11 @@ class ResidencyMachine(RuleBasedStateMachine):
 
     @rule()
     def begin(self) -> None:
+        might = self.core.may_start
         name = self.core.next_load()
         self.settle()
         if name is not None:
+            assert might  # else nobody would have been woken to ask
             assert name not in self.memory
             self.memory[name] = False
         assert len(self.loading()) <= 2

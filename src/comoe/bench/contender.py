@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
 from time import perf_counter
@@ -16,8 +17,9 @@ from comoe.bench.material import Material
 from comoe.bench.published import METHODS
 from comoe.bench.rows import Row
 from comoe.bench.staged import Answer, columns, score, staged
-from comoe.bench.turns import Side
+from comoe.bench.turns import Side, decode_in_turns
 from comoe.device.costs import measured_costs
+from comoe.device.probe import wake_s
 from comoe.make.calibrate import held_out
 from comoe.make.certify import certify
 from comoe.make.protocol import Evaluation
@@ -195,23 +197,36 @@ class Contender:
 
     def timed(self) -> Row:
         """What this device takes, in seconds, with everything in memory: see `timing`."""
-        side = self.side(model := self.loader(Pin(None, "exact")).resident("exact"))
-        with model.comoe:
-            for _ in range(3):
-                side.decode(self.windows[0], TIMED_TOKENS, perf_counter)
-        return self.timing(side, self.compute_s())
+        with ExitStack() as stack:
+            sides = self.references(stack)
+            decode_in_turns(sides, self.windows[:1] * 3, TIMED_TOKENS, perf_counter)
+        return self.timing(*sides, self.compute_s())
 
-    def timing(self, side: Side, compute_s: dict[str, float]) -> Row:
-        """From a side that has decoded with exact experts in memory: seconds of a token outside experts, of a use
-        beside its computing, of computing an expert by form, and of a layer. The first window does not count."""
-        tokens = sum(map(len, side.ms)) - len(side.ms)
-        per_token, use_s = side.uses["all"] / tokens, side.expert_s / side.uses["all"]
-        token_s = float(np.median(np.concatenate([ms[1:] for ms in side.ms[1:]]))) / 1e3
+    def references(self, stack: ExitStack) -> tuple[Side, Side]:
+        """Exact experts in memory, and all but one of them beside foretelling all the time: what sets the clock."""
+        exact = Pin(None, "exact")
+        resident = self.loader(exact).resident("exact")
+        foretelling = self.loader(exact, prefetch="on").as_pinned(self.ladder.exact.nbytes - 1)
+        for model in (resident, foretelling):
+            stack.enter_context(model.comoe)
+        return self.side(resident), self.side(foretelling)
+
+    def timing(self, resident: Side, foretelling: Side, compute_s: dict[str, float]) -> Row:
+        """From `references` that have decoded: seconds of a token outside experts, of a use beside its computing, of
+        computing an expert by form, and of a layer; as `sim.reader.Times` has them, of waking and of foretelling.
+
+        The first window does not count. Of tokens the median: what else a machine does is not the device's.
+        """
+        tokens = sum(map(len, resident.ms)) - len(resident.ms)
+        per_token, use_s = resident.uses["all"] / tokens, resident.expert_s / resident.uses["all"]
+        token_s, foretold_s = (_token_s(side) for side in (resident, foretelling))
         return {
             "outside_s": max(0.0, token_s - per_token * use_s),
             "use_s": max(0.0, use_s - compute_s["exact"]),
             "compute_s": compute_s,
             "layer_s": token_s / self.depth,
+            "wake_s": wake_s(perf_counter),
+            "ahead_s": max(0.0, foretold_s - token_s) / self.depth,
         }
 
     def compute_s(self) -> dict[str, float]:
@@ -241,3 +256,7 @@ class Contender:
         found = Loader(Pack(self.packed.folder), Options(context=CONTEXT, dtype="float32", **options))
         found.pin = pin
         return found
+
+
+def _token_s(side: Side) -> float:
+    return float(np.median(np.concatenate([ms[1:] for ms in side.ms[1:]]))) / 1e3

@@ -123,7 +123,9 @@ class Match:
         per_byte_s = self._ratio * timing["layer_s"] * sum(of.experts) / of.packed.manifest.expert_bytes_bf16
         shares = of.ladder.rung(rung).shares
         compute_s = sum(share * self.compute_s.get(form, 0.0) for form, share in shares.items())
-        return Times(lambda nbytes: per_byte_s * nbytes, timing["use_s"] + compute_s, timing["outside_s"])
+        use_s = timing["use_s"] + compute_s
+        beside = timing["wake_s"], timing["ahead_s"]
+        return Times(lambda nbytes: per_byte_s * nbytes, use_s, timing["outside_s"], *beside)
 
     def answers(self, way: Way, turns: Sequence[Turn]) -> list[Answer]:
         """What a way makes of `turns` on the virtual clock. Raises DoesNotFit."""

@@ -1,6 +1,6 @@
 """Ways of serving that the virtual clock compared, for real: threads that read, and reads as slow as the device's.
 
-All decode the same windows in turns, and one with everything in memory among them: by its times the virtual clock is
+All decode the same windows in turns, and two with everything in memory among them: by their times the virtual clock is
 set once more, so that what it gets wrong can be told from what a busy machine adds.
 """
 
@@ -16,7 +16,6 @@ from comoe.bench.ratio import median_interval
 from comoe.bench.rows import Row
 from comoe.bench.turns import Side, decode_in_turns
 from comoe.make.trace import Turn
-from comoe.plan.pin import Pin
 
 
 def timed(of: Contender, match: Match, ways: Mapping[str, Way], windows: int, tokens: int) -> Row:
@@ -28,11 +27,11 @@ def timed(of: Contender, match: Match, ways: Mapping[str, Way], windows: int, to
     chosen = of.windows[: windows + 1]
     with ExitStack() as stack:
         sides = {way: _side(of, match, way) for way in dict.fromkeys(ways.values())}
-        resident = of.side(of.loader(Pin(None, "exact")).resident("exact"))
-        for side in (*sides.values(), resident):
+        for side in sides.values():
             stack.enter_context(side.evaluation.model.comoe)
-        decode_in_turns([*sides.values(), resident], chosen, tokens, perf_counter)
-    timing = of.timing(resident, match.compute_s)
+        resident, foretelling = of.references(stack)
+        decode_in_turns([*sides.values(), resident, foretelling], chosen, tokens, perf_counter)
+    timing = of.timing(resident, foretelling, match.compute_s)
     cut = [resident.evaluation.split(window) for window in chosen]
     turns = [Turn(0, prompt, target[:tokens]) for prompt, target in cut]
     first = next(iter(sides.values()))

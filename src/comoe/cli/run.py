@@ -175,6 +175,7 @@ class Session:
             raise UsageError(f"{self._folder}: the model has no chat template: leave out --chat.")
         self._messages: list[dict[str, str]] = []
         self.model: Any = None
+        self._begun = self._warned = False
 
     def load(self, prompt: str | None, context: int | None, **options: Any) -> None:
         """Load the model for one prompt, or for any up to `context`."""
@@ -203,8 +204,8 @@ class Session:
         ids = prompt_ids(self._tokenizer, self.model.config, framed)
         self._warn_of_positions(ids.shape[1] + self._sampling.max_new_tokens)
         self.model.comoe.check_context(ids.shape[1] + self._sampling.max_new_tokens)
-        emit = (lambda text: print(text, end="", flush=True)) if show else (lambda text: None)
-        answer = generate(self.model, self._tokenizer, ids, self._sampling, emit)
+        self._begun = False
+        answer = generate(self.model, self._tokenizer, ids, self._sampling, self._show if show else lambda text: None)
         if self._chat:
             self._messages += [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer.text}]
         stats = self.model.comoe.stats()
@@ -222,13 +223,32 @@ class Session:
             **{key: stats[key] for key in ("prefetching", "prefetched_bytes", "prefetch_wasted_bytes")},
             "expert_memory_bytes": stats["resident_bytes"],
             **{key: stats[key] for key in ("peak_bytes", "beside_experts_bytes", "yielded_bytes")},
-            **{key: stats[key] for key in ("loss_ledger", "moved_share", "shares")},
+            **{key: stats[key] for key in ("loss_ledger", "calibration_distance", "like_calibration")},
+            **{key: stats[key] for key in ("moved_share", "shares")},
             "plan": self.model.comoe.plan.document(),
         }
         if show:
             print()
             say(_figures(document))
+        self._warn_of_text()
         return document
+
+    def _show(self, text: str) -> None:
+        """Print a piece of the answer; before the first one, what its prompt tells of the text."""
+        if not self._begun:
+            self._warn_of_text()
+        self._begun = True
+        print(text, end="", flush=True)
+
+    def _warn_of_text(self) -> None:
+        """Say once a session that the loss bound was not certified for such text."""
+        handle = self.model.comoe
+        if not self._warned and _may_lose_more(handle.stats()):
+            self._warned = True
+            say(
+                f"This text uses experts unlike the pack's calibration: the bound of {handle.ledger.bound:.1%} was "
+                "certified for other text. Pack with --calib on text like yours, or use --exact."
+            )
 
     def _warn_of_positions(self, tokens: int) -> None:
         known = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
@@ -322,9 +342,16 @@ def _asked() -> Iterator[str]:
             yield text
 
 
+def _may_lose_more(stats: dict[str, Any]) -> bool:
+    """Whether anything ran otherwise than exact, on text that no bound was certified for."""
+    lossy = stats["shares"].keys() != {"exact"} or stats["moved_share"] > 0
+    return lossy and stats["like_calibration"] is False
+
+
 def _figures(document: dict[str, Any]) -> str:
     read = sum(document["bytes_read"].values())
     each = ""
+    unlike = ", of text unlike the calibration" if _may_lose_more(document) else ""
     if document["ms_per_token"] is not None:
         outside = document["framework_ms_per_token"]
         each = f", then {document['ms_per_token']:.1f} ms each ({outside:.1f} outside experts)"
@@ -332,5 +359,5 @@ def _figures(document: dict[str, Any]) -> str:
         f"{document['tokens']} tokens, first after {document['prefill_ms']:.0f} ms{each}; "
         f"{document['hit_rate']:.0%} of experts in memory, {format_size(read)} read; "
         f"experts {format_size(document['expert_memory_bytes'])}, "
-        f"process {format_size(document['peak_bytes'])} at most; loss {document['loss_ledger']:.2%}."
+        f"process {format_size(document['peak_bytes'])} at most; loss {document['loss_ledger']:.2%}{unlike}."
     )

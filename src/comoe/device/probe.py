@@ -13,7 +13,11 @@ import numpy as np
 from comoe.kernels import native
 from comoe.kernels.matrix import Matrix
 from comoe.memory.arena import page_buffer
+from comoe.memory.cache import BlobCache
+from comoe.memory.residency import Group
 from comoe.store.directfile import DirectFile
+from comoe.store.layout import PAGE
+from comoe.store.paced import Paced
 from comoe.store.source import Source
 from comoe.types import BlobId
 
@@ -21,6 +25,7 @@ Clock = Callable[[], float]
 
 LEAST_LATENCY_S = 20e-6
 MOST_COPIES = 128
+PROBED_READ_S = 1e-3
 PLANES = ("weight", "scales", "low")
 
 
@@ -46,6 +51,30 @@ def read_rate(source: Source, blobs: list[BlobId], clock: Clock) -> tuple[float,
         latency = max(latency, float(seconds.mean() - max(slope, 0.0) * nbytes.mean()))
     latency = min(latency, 0.9 * float(seconds.mean())) if seconds.mean() > LEAST_LATENCY_S else latency
     return float(nbytes.sum() / max(seconds.sum() - latency * len(blobs), 0.1 * seconds.sum())), latency
+
+
+def wake_s(clock: Clock, *, repeats: int = 64) -> float:
+    """Seconds that a read takes beyond its own where somebody waits for it: threads that wake each other, late."""
+    groups = [(BlobId(0, "probe", row),) for row in range(2)]
+    with BlobCache(Paced(_Nothing(), lambda nbytes: PROBED_READ_S), PAGE) as cache:
+
+        def serve(group: Group) -> None:
+            for _ in cache.serve([group]):
+                pass
+
+        read_s = median(_timed(clock, partial(serve, groups[at % 2])) for at in range(repeats))
+        hit_s = median(_timed(clock, partial(serve, groups[(repeats - 1) % 2])) for _ in range(repeats))
+    return max(0.0, read_s - hit_s - PROBED_READ_S)
+
+
+class _Nothing:
+    """A source of blobs of a page that reads nothing."""
+
+    def nbytes(self, blob: BlobId) -> int:
+        return PAGE
+
+    def read(self, blob: BlobId, into: memoryview) -> str:
+        return "flash"
 
 
 def kernel_bps(matrix: Matrix, clock: Clock, *, nbytes: int = 8 << 20, repeats: int = 3) -> float:

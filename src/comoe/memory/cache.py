@@ -8,7 +8,7 @@ from types import TracebackType
 
 from comoe.memory.arena import Arena, Buffer, held_size
 from comoe.memory.policy import LRU, Policy
-from comoe.memory.residency import Group, Phase, Residency, Tally, Ticket, first_ready
+from comoe.memory.residency import Group, Residency, Tally, Ticket, first_ready
 from comoe.store.source import Source
 from comoe.types import BlobId, DoesNotFit
 
@@ -116,7 +116,7 @@ class BlobCache:
                 self._residency.forget_hints()
             for group in groups:
                 self._residency.prefetch(group)
-            self._changed.notify_all()
+            self._wake_reader()
 
     def used_elsewhere(self, groups: Sequence[Group]) -> None:
         """`groups` were used, but by somebody else: read when nothing is demanded, where they would stay."""
@@ -201,8 +201,7 @@ class BlobCache:
                 self._release(())
                 raise
             self._apply_evictions()
-            if ahead or any(ticket.phase is not Phase.READY for ticket in tickets.values()):
-                self._changed.notify_all()
+            self._wake_reader()
             return tickets
 
     def _next_ready(self, tickets: dict[int, Ticket]) -> tuple[int, Ticket]:
@@ -220,6 +219,11 @@ class BlobCache:
             for ticket in tickets:
                 self._residency.release(ticket)
             self._apply_evictions()
+            self._wake_reader()
+
+    def _wake_reader(self) -> None:
+        """Wake I/O threads if there is something to read: computing waits for its turn each time. The lock is held."""
+        if self._residency.may_start:
             self._changed.notify_all()
 
     def _apply_evictions(self) -> None:

@@ -196,6 +196,13 @@ class Residency:
         self._num_loading += 1
         return self._starting.popleft()
 
+    @property
+    def may_start(self) -> bool:
+        """Whether `next_load` may answer a blob: False where it is sure to have none."""
+        wanted = bool(self._starting or self._queue or self._hints)
+        wanted = wanted or bool(self._foreseen.keys() - self._entries.keys())
+        return self._num_loading < self._in_flight and wanted
+
     def take_evictions(self) -> list[BlobId]:
         """Blobs that left since the last call: their memory is the caller's to free."""
         gone, self._evicting = self._evicting, []

@@ -2,7 +2,10 @@
 
 from dataclasses import dataclass, field
 
-from comoe.plan.ladder import Prices
+from comoe.plan.ladder import Ladder, Prices
+from comoe.plan.likeness import Likeness, likeness_of
+from comoe.plan.planner import Plan
+from comoe.store.manifest import Manifest
 
 
 @dataclass(slots=True)
@@ -23,12 +26,14 @@ class Ledger:
     so decoding has an account of its own.
 
     `routing_price` is the loss where a routing bias moves all gates, None where it may move none: see
-    docs/decisions/018.
+    docs/decisions/018. What a request spends costs more where `likeness` finds its text unlike the calibration: see
+    docs/decisions/023.
     """
 
     prices: Prices
     bound: float
     routing_price: float | None = None
+    likeness: Likeness | None = None
     gates: dict[str, float] = field(default_factory=dict)
     prompt: Account = field(default_factory=Account)
     answer: Account = field(default_factory=Account)
@@ -47,12 +52,17 @@ class Ledger:
     def loss(self) -> float:
         """Estimated loss of the answer so far, of the prompt where there is no more yet."""
         account = self.answer if self.answer.total else self.prompt
-        return account.spent / account.total if account.total else 0.0
+        return self._charge * account.spent / account.total if account.total else 0.0
+
+    @property
+    def _charge(self) -> float:
+        return self.likeness.charge if self.likeness is not None else 1.0
 
     def allows_floor(self, layer: int, gate: float, *, decode: bool = True) -> bool:
         """Whether the estimate stays within the bound after `gate` more of the answer, or its prompt, in the floor."""
         account = self.answer if decode else self.prompt
-        return account.spent + gate * self.prices.floor[layer] <= self.bound * (account.total + gate)
+        spent = account.spent + gate * self.prices.floor[layer]
+        return self._charge * spent <= self.bound * (account.total + gate)
 
     def move(self, layer: int, gate: float, share: float) -> bool:
         """Record that a bias moves a `share` of gates that sum to `gate`, unless the estimate would leave the bound.
@@ -63,7 +73,7 @@ class Ledger:
             return False
         account, price = self.answer, gate * share * self.routing_price
         spent = account.spent + price + gate * self.prices.target[layer]
-        if spent > self.bound * (account.total + gate):
+        if self._charge * spent > self.bound * (account.total + gate):
             return False
         account.spent += price
         account.moved += gate * share
@@ -83,3 +93,11 @@ class Ledger:
         """Start a request."""
         self.gates.clear()
         self.prompt, self.answer = Account(), Account()
+        if self.likeness is not None:
+            self.likeness.clear()
+
+
+def ledger_of(manifest: Manifest, ladder: Ladder, plan: Plan, bound: float) -> Ledger:
+    """The ledger of a plan; text is held against the calibration where it may lose anything."""
+    likeness = likeness_of(manifest) if bound > 0 else None
+    return Ledger(ladder.prices(plan.target, plan.floor), bound, manifest.routing_price, likeness)

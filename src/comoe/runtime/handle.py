@@ -152,11 +152,14 @@ class Comoe:
         nodes were told of; `edge` is the node that serves, None without a link.
         `edge_runs` uses were run by edge nodes since then, in `edge_bytes` of messages; `edge_failures` requests to
         them failed, and the device read instead.
+        `calibration_distance` is how many times the error of calibration text this request's experts have, over all
+        steps of the chain; `like_calibration` says whether certified losses hold for such text. Where they do not,
+        `loss_ledger` is higher by as much as was measured. None where no loss was allowed, or none was certified.
         `moved_share` of the answer's gates went to other experts, as a routing bias has it.
         `yielded_bytes` are what the cache gave up to keep the budget; `beside_experts_bytes` what the process was
         measured to need beside it, None where experts alone have a budget; `peak_bytes` counts from its start.
         """
-        counts, cache = self._serving.counts, self.cache.stats
+        counts, cache, likeness = self._serving.counts, self.cache.stats, self.ledger.likeness
         remote = self._serving.remote.counts if self._serving.remote is not None else RemoteCounts()
         read, prefetcher = cache.bytes_read, self._serving.prefetcher
         uses = max(counts.uses, 1)
@@ -184,6 +187,8 @@ class Comoe:
             "beside_experts_bytes": self._promise.beside if self._promise is not None else None,
             "peak_bytes": max(self._earlier_peak, process.peak_bytes()),
             "loss_ledger": self.ledger.loss,
+            "calibration_distance": likeness.distance if likeness is not None else None,
+            "like_calibration": likeness.alike if likeness is not None else None,
             "moved_share": self.ledger.moved,
             "shares": self.ledger.shares(),
         }

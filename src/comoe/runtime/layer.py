@@ -267,6 +267,8 @@ class ServedLayer:
         serving.counts.hits += hit and floor is None
         serving.counts.floor_uses += floor is not None
         serving.ledger.add(self._index, way.form, use.gate, floor=floor is not None, decode=decode)
+        if serving.ledger.likeness is not None:
+            serving.ledger.likeness.add(self._index, use.expert, use.gate, len(use.tokens), decode=decode)
         seen = self._seen[decode]
         seen.uses[use.expert] += len(use.tokens)
         seen.gates[use.expert] += use.gate

@@ -26,7 +26,7 @@ from comoe.plan.cost import Costs
 from comoe.plan.early import early, steps
 from comoe.plan.footprint import FIRST_USE_FILE_BYTES, Workload, advised, beside_experts, dtype_of, unseen_bytes
 from comoe.plan.ladder import Band, Ladder, Rung, ladder_of
-from comoe.plan.ledger import Ledger
+from comoe.plan.ledger import ledger_of
 from comoe.plan.pin import Pin, deterministic, pinned, smallest
 from comoe.plan.planner import Plan, Planner, uniform
 from comoe.runtime.bias import attach_bias
@@ -354,12 +354,9 @@ class Loader:
         with ExitStack() as on_failure:
             maths = self._maths(model)
             nodes = self._nodes(on_failure, maths[0])
-            policy = POLICIES[self.options.policy]()
-            cache = on_failure.enter_context(
-                self.new_cache(self._source, capacity, largest_group=largest, policy=policy)
-            )
-            prices, options = self.ladder.prices(plan.target, plan.floor), self.options
-            ledger = Ledger(prices, options.max_loss, manifest.routing_price)
+            options, policy = self.options, POLICIES[self.options.policy]()
+            new = self.new_cache(self._source, capacity, largest_group=largest, policy=policy)
+            cache, ledger = on_failure.enter_context(new), ledger_of(manifest, self.ladder, plan, options.max_loss)
             prefetcher = self._prefetcher(foresight or {}) if streams else None
             serving = Serving(manifest, cache, plan, ledger, prefetcher=prefetcher, early=self.pack.remote)
             serving.steps = tuple(rung.name for rung in rungs)

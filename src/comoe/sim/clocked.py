@@ -26,7 +26,7 @@ class ClockedCache(BlobCache):
     ) -> None:
         super().__init__(source, capacity, largest_group=largest_group, policy=policy, io_threads=0)
         self._times = times
-        self._reader = Reader(self._residency, source.nbytes, times.read_s, self._arrived)
+        self._reader = Reader(self._residency, source.nbytes, times.load_s, self._arrived)
 
     def now_s(self) -> float:
         return self._reader.now_s
@@ -36,6 +36,8 @@ class ClockedCache(BlobCache):
         self._reader.advance(seconds)
 
     def serve(self, groups: Sequence[Group], ahead: Sequence[Group] = ()) -> Iterator[tuple[int, tuple[Buffer, ...]]]:
+        if ahead:
+            self.advance(self._times.ahead_s)
         for position, blobs in super().serve(groups, ahead):
             self.advance(self._times.use_s)
             yield position, blobs

@@ -156,7 +156,7 @@ class VirtualCache:
     def __init__(self, cell: Cell, nbytes: Callable[[BlobId], int], times: Times) -> None:
         self._times = times
         self._residency = Residency(cell.capacity, lambda blob: held_size(nbytes(blob)), cell.policy)
-        self._reader = Reader(self._residency, nbytes, times.read_s)
+        self._reader = Reader(self._residency, nbytes, times.load_s)
 
     @property
     def now_s(self) -> float:
@@ -180,6 +180,8 @@ class VirtualCache:
 
         Groups `ahead` are read when nothing else is.
         """
+        if ahead:
+            self.advance(self._times.ahead_s)
         self._residency.foresee(ahead)
         tickets = self._residency.demand_all(groups)
         self._begin()
