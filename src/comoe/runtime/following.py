@@ -97,7 +97,8 @@ class Following:
         plan = self._follower.tick(resident, use, link.rate_bps, now_s)
         if plan is not None:
             self._follow(plan)
-        self._read(resident, use)
+        if not self._serving.laying:  # the floor comes first
+            self._read(resident, use)
 
     def _run(self) -> None:
         while not self._stop.wait(STEP_S):

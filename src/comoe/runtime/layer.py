@@ -204,11 +204,14 @@ class ServedLayer:
         if sent is None or self.serving.remote is None:
             return
         found = self.serving.remote.outputs(sent, x.dtype)
-        if found is None:
-            yield from self._computed(away, chunk, ())
-        else:
-            self.serving.cache.used_elsewhere([ways[at].blobs for at in away])
+        if found is not None:
+            if not self.serving.laying:
+                self.serving.cache.used_elsewhere([ways[at].blobs for at in away])
             yield from zip(away, found, strict=True)
+        elif self.serving.laying:
+            raise RemoteUnavailable("the edge node does not answer in time.")
+        else:
+            yield from self._computed(away, chunk, ())
 
     def _computed(self, positions: Sequence[int], chunk: Chunk, ahead: Sequence[Group]) -> Iterator[tuple[int, Tensor]]:
         """Outputs of those uses of a chunk, computed here."""

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from comoe.runtime.layer import AGAIN_S, Serving
 from comoe.types import BlobId, DoesNotFit, RemoteUnavailable
 
-AT_ONCE = 16
-"""Blobs that are asked for together: what a token waits for comes after them."""
+AT_ONCE = 2
+"""Blobs that are asked for together: exchanges with the node share the link with them, and what a token waits for comes
+after them."""
 
 
 class Laying:

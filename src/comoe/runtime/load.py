@@ -370,7 +370,7 @@ class Loader:
                 attach_bias(model, serving, options.routing_bias)
             handle = Comoe(self.pack, serving, self.options.context, promise, earlier_peak, nodes=nodes, laying=laying)
             object.__setattr__(model, "comoe", handle)
-            if self.pack.remote and plan.floor is not None:
+            if self.pack.remote and plan.floor is not None and laying is None:
                 cache.prefetch([serving.way(*expert, plan.target).blobs for expert in self.most_used])
             on_failure.pop_all()  # from here on the handle closes the cache
         return model

@@ -1,0 +1,93 @@
+"""A floor that comes while the model runs already: edge nodes run what has none yet."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import pytest
+import torch
+from edges import running, until
+from webs import serving
+
+from comoe.memory.cache import BlobCache
+from comoe.net.address import Access
+from comoe.runtime.laying import Laying
+from comoe.runtime.load import load
+from comoe.types import BlobId, CorruptBlob, RemoteUnavailable
+
+IDS = torch.arange(6)[None]
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Event:
+    """No floor comes before it is set, or the cache is closed."""
+    gate, hold = Event(), BlobCache.hold
+
+    def held(self: BlobCache, blobs: Sequence[BlobId]) -> None:
+        while not gate.wait(0.01) and not self._closed:
+            pass
+        hold(self, blobs)
+
+    monkeypatch.setattr(BlobCache, "hold", held)
+    return gate
+
+
+def loaded(url: str, edge: str, tmp_path: Path) -> Any:
+    access = Access(tmp_path / "cache", 0, link=(2e5, 0.01))
+    return load(url, edges=[edge], access=access, expert_memory="500%", max_loss="500%", prefetch="off")
+
+
+def test_an_answer_begins_before_the_floor_is_there_and_takes_it_once_it_is(
+    published: Path, tmp_path: Path, gate: Event
+) -> None:
+    with serving(published) as web, running(published) as edge:
+        model = loaded(web.url, edge.url, tmp_path)
+        with model.comoe as handle:
+            serving_ = handle._serving
+            assert serving_.laying
+            serving_.remote._read_s = lambda blob: 1.0  # so slow is the link
+            model.generate(IDS, max_new_tokens=2, do_sample=False)
+            assert serving_.laying and handle.stats()["edge_runs"] > 0
+            gate.set()
+            until(lambda: not serving_.laying)
+            assert serving_.broken is None
+            held = {blob for layer, entry in enumerate(serving_.manifest.layers) for expert in range(entry.num_experts)
+                    for blob in serving_.way(layer, expert, handle.plan.floor).blobs}  # fmt: skip
+            assert all(handle.cache.residents([(blob,) for blob in held]))
+
+
+def test_without_a_node_that_runs_experts_the_floor_is_waited_for(published: Path, tmp_path: Path) -> None:
+    with serving(published) as web:
+        access = Access(tmp_path / "cache", 0)
+        model = load(web.url, expert_memory="500%", max_loss="500%", prefetch="off", access=access)
+        with model.comoe as handle:
+            assert not handle._serving.laying and handle.cache.resident_bytes >= handle.plan.floor_bytes
+
+
+def test_closing_does_not_wait_for_a_floor(published: Path, tmp_path: Path, gate: Event) -> None:
+    with serving(published) as web, running(published) as edge:
+        model = loaded(web.url, edge.url, tmp_path)
+        assert model.comoe._serving.laying
+        model.comoe.close()
+        assert model.comoe._serving.broken is None
+
+
+def test_it_goes_on_once_there_is_a_link_and_says_what_it_cannot_go_on_from(published: Path) -> None:
+    model = load(published, expert_memory="500%", prefetch="off")
+    with model.comoe as handle:
+        serving_, failing = handle._serving, [RemoteUnavailable("gone"), RemoteUnavailable("gone")]
+        held: list[Sequence[BlobId]] = []
+
+        def hold(blobs: Sequence[BlobId]) -> None:
+            if failing:
+                raise failing.pop()
+            held.append(blobs)
+
+        serving_.cache.hold = hold
+        blobs = handle.pack.blob_ids()[:20]
+        Laying(serving_, blobs).start().join()
+        assert [blob for few in held for blob in few] == blobs and not serving_.laying
+        failing.append(CorruptBlob("damaged"))
+        Laying(serving_, blobs).start().join()
+        assert isinstance(serving_.broken, CorruptBlob)
