@@ -61,6 +61,16 @@ def test_what_misses_is_run_by_the_node_and_the_answer_is_the_same_to_the_bit(
         assert edge.metric("comoe_edge_expert_runs_total") >= stats["edge_runs"]
 
 
+def test_a_few_tokens_of_which_one_alone_misses_are_no_trouble(packed: Path) -> None:
+    few = PROMPT[:, :6]
+    with served(packed, read_s=0.0) as model, torch.inference_mode():
+        logits = model(few).logits
+    with running(packed) as edge, served(packed, edge) as model, torch.inference_mode():
+        assert torch.equal(model(few).logits, logits)
+        stats = model.comoe.stats()
+        assert stats["edge_runs"] > 0 and stats["edge_failures"] == 0
+
+
 def test_a_node_that_is_slower_than_reading_runs_nothing(packed: Path, expected: list[int]) -> None:
     with running(packed) as edge, served(packed, edge, read_s=0.0) as model:
         link = model.comoe._serving.remote._links[edge.url]

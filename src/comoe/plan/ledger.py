@@ -38,14 +38,23 @@ class Ledger:
     prompt: Account = field(default_factory=Account)
     answer: Account = field(default_factory=Account)
 
-    def add(self, layer: int, form: str, gate: float, *, floor: bool = False, decode: bool = True) -> None:
+    def add(self, layer: int, form: str, gate: float, *, floor: bool = False, decode: bool = True) -> float:
         """Record uses in `layer` of an expert in the plan's target, or in its floor, for the answer or for its prompt.
 
-        It is in `form` there; their gates sum to `gate`.
+        It is in `form` there; their gates sum to `gate`. What was spent on them.
         """
+        spent = gate * (self.prices.floor if floor else self.prices.target)[layer]
+        self._book(form, gate, spent, decode)
+        return spent
+
+    def take_back(self, form: str, gate: float, spent: float, *, decode: bool = True) -> None:
+        """Uses that were recorded and came to nothing: whatever prices are now, they cost what was `spent` on them."""
+        self._book(form, -gate, -spent, decode)
+
+    def _book(self, form: str, gate: float, spent: float, decode: bool) -> None:
         self.gates[form] = self.gates.get(form, 0.0) + gate
         account = self.answer if decode else self.prompt
-        account.spent += gate * (self.prices.floor if floor else self.prices.target)[layer]
+        account.spent += spent
         account.total += gate
 
     @property

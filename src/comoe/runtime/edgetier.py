@@ -239,15 +239,17 @@ class RemoteTier:
         return link if link.measured and not link.failures else None
 
     def _request(self, link: Link, layer: int, plain: PlainMath, wanted: Sequence[Wanted], x: Tensor) -> RunRequest:
+        """The uses, and those rows of `x` that they are of."""
         rows = [len(use.tokens) for use in wanted]
+        tokens, row = np.unique([token for use in wanted for token in use.tokens], return_inverse=True)
         uses = Uses(
             np.repeat([use.expert for use in wanted], rows).astype(np.uint16),
-            np.array([token for use in wanted for token in use.tokens], np.uint16),
+            row.astype(np.uint16),
             np.ones(sum(rows), np.float32),
             np.repeat([self._forms[use.form] for use in wanted], rows).astype(np.uint8),
         )
         dtype = str(x.dtype).removeprefix("torch.")
-        x_f32 = x.float().contiguous().numpy()
+        x_f32 = x[torch.from_numpy(tokens)].float().contiguous().numpy()
         return RunRequest(link.remote.identity, layer, dtype, plain.activation, plain.gated, uses, x_f32)
 
 

@@ -94,30 +94,32 @@ class Following:
         streaming.capacity = self._serving.cache.capacity
         streaming.pace = streaming.pace._replace(rtt_s=link.rtt_s, remote_s=link.remote_s)
         resident, use = self._resident(), self._use()
+        before = self._follower.plan
         plan = self._follower.tick(resident, use, link.rate_bps, now_s)
-        if plan is not None:
-            self._follow(plan)
-        if not self._serving.laying:  # the floor comes first
-            self._read(resident, use)
+        if plan is not None and not self._followed(plan):
+            self._follower.plan = before
+        if self._follower.plan is not None and not self._serving.laying:  # the floor comes first
+            self._read(self._follower.plan, resident, use)
 
     def _run(self) -> None:
         while not self._stop.wait(STEP_S):
             self.step(self._clock())
 
-    def _follow(self, plan: LinkPlan) -> None:
+    def _followed(self, plan: LinkPlan) -> bool:
+        """Whether the model goes on by a plan: not where memory shrank so far that it has no room."""
         floor = self._serving.plan.floor
         pin = Pin(floor, plan.target, inf if plan.miss == "coarse" else 0.0)
         try:
             found = pinned(self._ladder, pin, self._serving.cache.capacity)
-        except DoesNotFit:  # memory shrank: what there is goes on
-            return
+        except DoesNotFit:
+            return False
         self.switches += 1
         self._handle.follow(found, "link", self._ladder.prices(plan.target, floor))
+        return True
 
-    def _read(self, resident: Flags, use: Array) -> None:
+    def _read(self, plan: LinkPlan, resident: Flags, use: Array) -> None:
         """Read what is missing in the order of what bytes are worth, as far as there is room beside what stays."""
-        plan, streaming = self._follower.plan, self._streaming
-        assert plan is not None
+        streaming = self._streaming
         sizes, needs = streaming.forms.sizes, streaming.target(plan).needs
         stays = np.zeros_like(resident)
         stays[needs] = True

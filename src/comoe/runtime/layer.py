@@ -55,6 +55,14 @@ class Way(NamedTuple):
     blobs: tuple[BlobId, ...]
 
 
+class Chosen(NamedTuple):
+    """The way of a use, whether it is coarser than the plan's target, and what the ledger spent on it."""
+
+    way: Way
+    coarse: bool
+    spent: float
+
+
 Chunk = tuple[Tensor, Sequence[Use], Sequence[Way]]
 """Tokens (N, H), and which experts they use in which way."""
 
@@ -170,13 +178,15 @@ class ServedLayer:
         if self.serving.broken is not None:
             raise self.serving.broken
         self._sends = self._can_send(len(x), index.numel())
-        ways, ahead = [self._choose(use, decode=decode) for use in uses], self._ahead(x, uses)
+        chosen, ahead = [self._choose(use, decode=decode) for use in uses], self._ahead(x, uses)
         waited_s = 0.0
         while True:
+            ways = [one.way for one in chosen]
             try:
                 return self._summed(x, uses, ways, weight, ahead)
             except RemoteUnavailable as error:
-                ways = [self._without_link(use, way, decode=decode) for use, way in zip(uses, ways, strict=True)]
+                chosen = [self._without_link(use, one, decode=decode) for use, one in zip(uses, chosen, strict=True)]
+                ways = [one.way for one in chosen]
                 waited_s += self._wait_for_link(ways, waited_s, error)
 
     def _summed(
@@ -249,7 +259,7 @@ class ServedLayer:
                 positions, tokens = torch.where(by_position == expert)
                 yield Use(expert, tokens, positions, float(weight[tokens, positions].abs().sum()))
 
-    def _choose(self, use: Use, *, decode: bool) -> Way:
+    def _choose(self, use: Use, *, decode: bool) -> Chosen:
         """The miss rule: the wanted form if it is there or worth waiting for, else the floor."""
         serving, plan = self.serving, self.serving.plan
         way = serving.way(self._index, use.expert, plan.target)
@@ -269,28 +279,27 @@ class ServedLayer:
         serving.counts.uses += 1
         serving.counts.hits += hit and floor is None
         serving.counts.floor_uses += floor is not None
-        serving.ledger.add(self._index, way.form, use.gate, floor=floor is not None, decode=decode)
+        spent = serving.ledger.add(self._index, way.form, use.gate, floor=floor is not None, decode=decode)
         if serving.ledger.likeness is not None:
             serving.ledger.likeness.add(self._index, use.expert, use.gate, len(use.tokens), decode=decode)
         seen = self._seen[decode]
         seen.uses[use.expert] += len(use.tokens)
         seen.gates[use.expert] += use.gate
-        return way
+        return Chosen(way, floor is not None, spent)
 
-    def _without_link(self, use: Use, way: Way, *, decode: bool) -> Way:
+    def _without_link(self, use: Use, chosen: Chosen, *, decode: bool) -> Chosen:
         """What a use takes that no node has bytes for: the floor where the bound allows it, else its way as it is."""
-        serving, plan = self.serving, self.serving.plan
-        if serving.cache.resident(way.blobs) or plan.floor is None or serving.settle is not None:
-            return way
-        serving.ledger.add(self._index, way.form, -use.gate, decode=decode)
+        serving, plan, way = self.serving, self.serving.plan, chosen.way
+        there = chosen.coarse or serving.cache.resident(way.blobs)
+        if there or plan.floor is None or serving.settle is not None:
+            return chosen
+        serving.ledger.take_back(way.form, use.gate, chosen.spent, decode=decode)
         if not serving.ledger.allows_floor(self._index, use.gate, decode=decode):
-            serving.ledger.add(self._index, way.form, use.gate, decode=decode)
-            return way
-        way = serving.way(self._index, use.expert, str(plan.floor))
+            return chosen._replace(spent=serving.ledger.add(self._index, way.form, use.gate, decode=decode))
+        way = serving.way(self._index, use.expert, plan.floor)
         serving.counts.floor_uses += 1
         serving.counts.link_failures += 1
-        serving.ledger.add(self._index, way.form, use.gate, floor=True, decode=decode)
-        return way
+        return Chosen(way, True, serving.ledger.add(self._index, way.form, use.gate, floor=True, decode=decode))
 
     def _wait_for_link(self, ways: Sequence[Way], waited_s: float, error: RemoteUnavailable) -> float:
         """Wait a little if bytes of `ways` are still to come; the seconds. Raises the error after all patience."""
