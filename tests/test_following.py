@@ -66,6 +66,19 @@ def test_the_target_rises_with_the_rate_and_one_step_changes_it_at_most_once(web
         assert handle.ledger.prices == following._ladder.prices(handle.plan.target, handle.plan.floor)
 
 
+def test_a_plan_for_which_memory_shrank_too_far_is_not_followed_and_asked_for_again(web: Web, tmp_path: Path) -> None:
+    model = loaded(web, tmp_path)
+    with model.comoe as handle:
+        following, before = halted(model), handle.plan
+        following._link = lambda: LinkNow(1e12, 0.01, NEVER)
+        capacity, handle.cache._residency.capacity = handle.cache.capacity, handle.plan.floor_bytes
+        following.step(10.0)
+        assert following.switches == 0 and following._follower.plan is None and handle.plan == before
+        handle.cache._residency.capacity = capacity
+        following.step(20.0)
+        assert following.switches == 1
+
+
 def test_a_miss_waits_or_runs_elsewhere_where_that_is_worth_more(web: Web, tmp_path: Path) -> None:
     model = loaded(web, tmp_path)
     with model.comoe as handle:

@@ -40,6 +40,16 @@ def test_the_loss_is_the_prices_weighted_by_gate() -> None:
     assert found.loss == pytest.approx((0.5 * 0.11 + 0.25 * 0.33 + 1.0 * 0.01) / 4.75)
 
 
+def test_what_is_taken_back_costs_what_it_cost_whatever_prices_are_now() -> None:
+    found = ledger()
+    found.add(1, "exact", 3.0)
+    spent = found.add(1, "exact", 2.0)
+    found.prices = Prices(target=(0.5, 0.5), floor=(0.9, 0.9))
+    found.take_back("exact", 2.0, spent)
+    assert (found.answer.total, found.answer.spent) == (3.0, pytest.approx(0.03))
+    assert found.gates == {"exact": 3.0}
+
+
 @given(st.lists(uses, max_size=20))
 def test_spent_and_total_are_the_sums_of_what_was_added(several: list[Use]) -> None:
     found = ledger()
