@@ -175,7 +175,7 @@ def test_what_was_used_elsewhere_is_read_where_there_is_room_or_it_is_worth_more
     core.release(core.demand(group(0)))  # used twice, now
     core.used_elsewhere(group(3))
     assert load_all(core) == []
-    for _ in range(2):
+    for _ in range(20):
         core.used_elsewhere(group(3))
     assert load_all(core) == [blob(3)] and not core.resident(group(0))
 

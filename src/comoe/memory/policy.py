@@ -12,6 +12,11 @@ HALF_LIFE_PER_BLOB = 1.5
 """Uses after which one counts half, for each blob that was ever used: measured, see decisions/013."""
 
 
+MARGIN = 3.0
+"""What was used elsewhere is worth reading if it was used so many doublings more than what would leave. See
+docs/decisions/021."""
+
+
 class Policy(Protocol):
     """Order of eviction of the blobs that may leave."""
 
@@ -90,10 +95,10 @@ class LFU:
         return self._order.ascending()
 
     def used_elsewhere(self, blob: BlobId) -> bool:
-        """Whether it was used more: else it would leave before it is used again (TinyLFU's rule: Einziger, 2017)."""
+        """Whether it was used more by `MARGIN`: else it would likely leave unused (after TinyLFU: Einziger, 2017)."""
         rank = self._counted(blob)
         least = next(self._order.ascending(), None)
-        return least is None or rank > self._ranks.get(least, -inf)
+        return least is None or rank > self._ranks.get(least, -inf) + MARGIN
 
     def age(self, half_lives: float) -> None:
         self._now += half_lives
