@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Sequence
+from time import monotonic
 
 from comoe.runtime.layer import AGAIN_S, Serving
 from comoe.types import BlobId, DoesNotFit, RemoteUnavailable
@@ -9,6 +10,10 @@ from comoe.types import BlobId, DoesNotFit, RemoteUnavailable
 AT_ONCE = 2
 """Blobs that are asked for together: exchanges with the node share the link with them, and what a token waits for comes
 after them."""
+
+
+SOON_S, REST = 10.0, 3.0
+"""A floor that takes longer comes at a quarter of the link: after each read it rests so many times as long."""
 
 
 class Laying:
@@ -39,9 +44,13 @@ class Laying:
     def _run(self) -> None:
         try:
             for at in range(0, len(self._blobs), AT_ONCE):
+                start_s = monotonic()
                 while not self._stop.is_set() and not self._held(self._blobs[at : at + AT_ONCE]):
                     self._stop.wait(AGAIN_S)
-            self._serving.laying = False
+                took_s = monotonic() - start_s
+                if took_s * (len(self._blobs) - at) / AT_ONCE > SOON_S:
+                    self._stop.wait(REST * took_s)
+            self._serving.laying = self._stop.is_set()
         except Exception as error:
             if not self._stop.is_set():
                 self._serving.broken = error
