@@ -38,10 +38,12 @@ def stack() -> Iterator[ExitStack]:
         yield stack
 
 
-def roaming(stack: ExitStack, origin: Web, published: Path, tmp_path: Path, *webs: Web) -> tuple[RemotePack, EdgeNodes]:
+def roaming(
+    stack: ExitStack, origin: Web, published: Path, tmp_path: Path, *webs: Web, slash: str = ""
+) -> tuple[RemotePack, EdgeNodes]:
     """The pack behind the origin's URL, read from nodes."""
     pack = RemotePack(origin.url, Access(tmp_path / "cache", 0))
-    nodes = EdgeNodes([Node(web.url) for web in webs], manifest_hash(published))
+    nodes = EdgeNodes([Node(f"{web.url}{slash}") for web in webs], manifest_hash(published))
     pack.nodes = nodes
     stack.callback(pack.close)
     stack.callback(nodes.close)
@@ -59,11 +61,11 @@ def test_bytes_come_from_the_node_that_serves_and_none_from_the_origin(
     local = Pack(published)
     origin = stack.enter_context(serving(published))
     edge = stack.enter_context(near(published, tmp_path, "edge"))
-    pack, nodes = roaming(stack, origin, published, tmp_path, edge)
+    pack, nodes = roaming(stack, origin, published, tmp_path, edge, slash="/")
     origin.asked.clear()
     for blob in pack.blob_ids():
         assert read(pack, blob) == local.read_bytes(blob)
-    assert not origin.asked and nodes.serving == edge.url
+    assert not origin.asked and nodes.serving == f"{edge.url}/"
     assert source_of(pack) == "edge"
     rate_bps, trip_s = pack.link_now()
     assert nodes.link is not None and rate_bps > 0 and trip_s > 0

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from time import monotonic
 from typing import NamedTuple
+from urllib.parse import urlsplit
 
 from comoe.net.address import Access
 from comoe.net.handover import Event, Kind
@@ -137,7 +138,8 @@ class EdgeNodes:
         self.close()
 
     def _origin(self, node: str) -> Origin:
-        url = node.rstrip("/") + self._probes[node].folder
+        parts = urlsplit(node)
+        url = f"{parts.scheme}://{parts.netloc}{self._probes[node].folder}"
         if url not in self._files:
             known = self._nodes[node]
             self._files[url] = Origin(url, Access(token=known.token, ca=known.ca, link=self._link), NEAR)

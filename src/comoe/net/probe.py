@@ -10,7 +10,7 @@ from comoe.types import RemoteUnavailable, UsageError
 
 
 class Probe:
-    """Asks the node at `url`, `http(s)://host[:port][/prefix]`, for its health. UsageError for anything else.
+    """Asks the node at `url`, `http(s)://host[:port]`, for its health. UsageError for anything else.
 
     `identity` is the SHA-256 of the manifest of a pack that it must serve, None for any; `folder` is then where.
     `context` says which certificates of https are trusted; None: those that the system trusts.
