@@ -265,6 +265,12 @@ def test_closing_twice_is_harmless_and_ends_the_threads() -> None:
     assert not any(thread.is_alive() for thread in cache._threads)
 
 
+def test_what_is_held_already_is_held_again_without_more_room() -> None:
+    with BlobCache(GatedSource(), 2 * PAGE + GROUP, largest_group=GROUP) as cache:
+        for _ in range(2):
+            cache.hold(group(7)[:1])
+
+
 def test_a_closed_cache_holds_no_memory_though_somebody_holds_it() -> None:
     cache = BlobCache(GatedSource(), 3 * GROUP)
     held = [weakref.ref(blob.base) for _, blobs in cache.serve([group(0), group(1)]) for blob in blobs]

@@ -65,7 +65,7 @@ def test_bytes_come_from_the_node_that_serves_and_none_from_the_origin(
     origin.asked.clear()
     for blob in pack.blob_ids():
         assert read(pack, blob) == local.read_bytes(blob)
-    assert not origin.asked and nodes.serving == f"{edge.url}/"
+    assert not origin.asked and nodes.serving == edge.url
     assert source_of(pack) == "edge"
     rate_bps, trip_s = pack.link_now()
     assert nodes.link is not None and rate_bps > 0 and trip_s > 0

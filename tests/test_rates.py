@@ -49,6 +49,12 @@ def test_what_a_blob_would_take_is_told_by_its_tier() -> None:
     assert timed.expected_s(BLOB) == 100.0
 
 
+def test_a_read_counts_for_the_tier_that_it_was_expected_from_whatever_it_is_called() -> None:
+    timed = TimedSource(SlowSource({BLOB: bytes(100)}), lambda: SlowSource.now_s, lambda blob: "edge")
+    assert timed.read(BLOB, memoryview(bytearray(4096))) == "flash"
+    assert timed.expected_s(BLOB) == 2.0
+
+
 def test_it_is_the_source_otherwise() -> None:
     source = SlowSource({BLOB: bytes(100)})
     timed = TimedSource(source, lambda: 0.0)

@@ -84,7 +84,11 @@ def command(
     link: Link = None,
     edge: Annotated[
         list[str] | None,
-        Option(envvar="COMOE_EDGE", metavar="URL...", help="Edge nodes that serve this pack: they run what misses."),
+        Option(
+            envvar="COMOE_EDGE",
+            metavar="URL...",
+            help="Edge nodes that send this pack, and run what misses.",
+        ),
     ] = None,
     metrics: Annotated[
         str | None,

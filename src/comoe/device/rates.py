@@ -31,15 +31,15 @@ class TimedSource(Through):
         return None if byte_s is None else byte_s * self.nbytes(blob)
 
     def read(self, blob: BlobId, into: memoryview) -> str:
-        start_s = self._clock()
+        start_s, came_from = self._clock(), self._tier(blob)
         tier = self._source.read(blob, into)
         seconds = self._clock() - start_s
         with self._lock:
             self._nbytes += self._source.nbytes(blob)
             self._seconds += seconds
             last = seconds / max(1, self._source.nbytes(blob))
-            before = self._recent.get(tier, last)
-            self._recent[tier] = before + RECENT * (last - before)
+            before = self._recent.get(came_from, last)
+            self._recent[came_from] = before + RECENT * (last - before)
         return tier
 
     def take_bps(self) -> float | None:

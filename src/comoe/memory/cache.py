@@ -31,7 +31,7 @@ class BlobCache:
 
     `largest_group` is the most bytes that blobs demanded together take; `io_threads` reads are in flight at once, one
     where there is none: then somebody else reads, see `sim.clocked`.
-    One thread consumes (`serve`); `resize`, `prefetch` and the properties may be called from any.
+    One thread consumes (`serve`), others may hold; `resize`, `prefetch` and the properties may be called from any.
     """
 
     def __init__(
@@ -92,7 +92,8 @@ class BlobCache:
 
     def hold(self, blobs: Sequence[BlobId]) -> None:
         """Read `blobs` and keep them for ever: the floor. Raises DoesNotFit where they leave no room for a group."""
-        total = sum(map(self._held_size, dict.fromkeys(blobs))) + self._residency.smallest
+        new = (blob for blob in dict.fromkeys(blobs) if not self._residency.held(blob))
+        total = sum(map(self._held_size, new)) + self._residency.smallest
         if total > self.capacity:
             raise DoesNotFit(f"the floor needs {total} bytes of memory, {self.capacity} were given.", total)
         for at in range(0, len(blobs), HELD_AT_ONCE):

@@ -156,6 +156,10 @@ class Residency:
                 self._entries[blob].pins += 1
                 self._held_bytes += self._entries[blob].nbytes
 
+    def held(self, blob: BlobId) -> bool:
+        """Whether `blob` is pinned for ever."""
+        return blob in self._held
+
     def forget_hints(self) -> None:
         """Nothing that was hinted at is to be read any more."""
         self._hints.clear()

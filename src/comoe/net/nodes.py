@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from time import monotonic
 from typing import NamedTuple
-from urllib.parse import urlsplit
 
 from comoe.net.address import Access
 from comoe.net.handover import Event, Kind
@@ -128,8 +127,8 @@ class EdgeNodes:
 
     def close(self) -> None:
         """Stop all threads; idempotent."""
-        self._teller.shutdown(cancel_futures=True)
         self._roaming.close()
+        self._teller.shutdown(cancel_futures=True)
 
     def __enter__(self) -> "EdgeNodes":
         return self
@@ -138,8 +137,7 @@ class EdgeNodes:
         self.close()
 
     def _origin(self, node: str) -> Origin:
-        parts = urlsplit(node)
-        url = f"{parts.scheme}://{parts.netloc}{self._probes[node].folder}"
+        url = node + self._probes[node].folder
         if url not in self._files:
             known = self._nodes[node]
             self._files[url] = Origin(url, Access(token=known.token, ca=known.ca, link=self._link), NEAR)

@@ -37,7 +37,7 @@ class Probe:
                 self._connection = self._connect()
                 self._asked()
             return self._asked()
-        except (OSError, HTTPException) as error:
+        except (OSError, HTTPException, ValueError) as error:
             self.close()
             raise RemoteUnavailable(f"{self.url} does not answer: is the edge node running?") from error
 

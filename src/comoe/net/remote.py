@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 from blake3 import blake3
 
 from comoe.net.address import Access
-from comoe.net.coalesce import Range, coalesced
+from comoe.net.coalesce import MOST_NBYTES, Range, coalesced
 from comoe.net.flash import FlashCache
 from comoe.net.nodes import EdgeNodes
 from comoe.net.origin import Origin
@@ -88,9 +88,13 @@ class RemotePack(Pack):
                 wanted[Path(extent.file).name].add(Range(extent.offset, self.nbytes(blob), pieces.digest))
         runs = [(name, run) for name, ranges in wanted.items() for run in coalesced(ranges)]
         if self._cache.holds(sum(one.nbytes for _, run in runs for one in run)):
-            with ThreadPoolExecutor(IN_FLIGHT, "comoe-bring") as pool:
+            longest = max((run[-1].stop - run[0].start for _, run in runs), default=1)
+            pool = ThreadPoolExecutor(max(1, min(IN_FLIGHT, IN_FLIGHT * MOST_NBYTES // longest)), "comoe-bring")
+            try:
                 for bringing in [pool.submit(self._bring, name, run) for name, run in runs]:
                     bringing.result()
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
 
     def _bring(self, name: str, run: Sequence[Range]) -> None:
         """Keep of one range what is right; what is not will be read as ever."""

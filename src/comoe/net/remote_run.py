@@ -45,6 +45,7 @@ class Node:
     def __post_init__(self) -> None:
         if not _is_node(urlsplit(self.url)):
             raise UsageError(f"{self.url!r} is no edge node: write for example http://192.168.1.2:8600.")
+        object.__setattr__(self, "url", self.url.rstrip("/"))
 
     def trust(self) -> ssl.SSLContext:
         """Which certificates of https are trusted."""
@@ -163,7 +164,8 @@ def manifest_hash(folder: Path) -> str:
 
 def _is_node(parts: SplitResult) -> bool:
     try:
-        return parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+        whole = parts.path.strip("/") == "" and not parts.query
+        return whole and parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
     except ValueError:
         return False
 

@@ -43,7 +43,8 @@ def steps(ladder: Ladder, plan: Plan, budget: int, max_loss: float) -> list[Rung
     found.sort(key=lambda rung: rung.nbytes)
     spread = np.linspace(0, len(found) - 1, min(MOST_STEPS, len(found))).astype(int)
     some = {found[at].name for at in spread.tolist()} | {plan.target}
-    return [rung for rung in found if rung.name in some]
+    rungs = [rung for rung in found if rung.name in some]
+    return rungs if plan.target in [rung.name for rung in rungs] else []
 
 
 def _finer(ladder: Ladder, floor: Rung, max_loss: float) -> list[Rung]:

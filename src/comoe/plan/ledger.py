@@ -95,8 +95,9 @@ class Ledger:
 
     def shares(self) -> dict[str, float]:
         """Share of all gates by form."""
-        total = sum(self.gates.values())
-        return {form: gate / total if total else 0.0 for form, gate in self.gates.items()}
+        gates = dict(self.gates)  # others may ask while it is added to
+        total = sum(gates.values())
+        return {form: gate / total if total else 0.0 for form, gate in gates.items()}
 
     def clear(self) -> None:
         """Start a request."""

@@ -47,6 +47,7 @@ class Laying:
                 start_s = monotonic()
                 while not self._stop.is_set() and not self._held(self._blobs[at : at + AT_ONCE]):
                     self._stop.wait(AGAIN_S)
+                    start_s = monotonic()  # what it waited for was no link
                 took_s = monotonic() - start_s
                 if took_s * (len(self._blobs) - at) / AT_ONCE > SOON_S:
                     self._stop.wait(REST * took_s)
