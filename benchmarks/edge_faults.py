@@ -21,15 +21,14 @@ import numpy as np
 
 from comoe.device.machine import machine
 from comoe.sim.traces import BPS_PER_MBPS
+from comoe.testbed.driving import COMOE, QUIET, serve
 from comoe.testbed.namespaces import missing
-from comoe.testbed.site import SERVER_PORT, Site, Trip
+from comoe.testbed.site import Site, Trip
 
 EDGE_RTTS_S, ORIGIN_RTT_S = (0.010, 0.020), 0.064
 EDGE_MBPS, ORIGIN_MBPS = 20.0, 4.0
 PROMPT = "The history of the town"
 FAULTS = ("none", "kill", "stall", "cut")
-COMOE = (sys.executable, "-m", "comoe")
-QUIET = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 
 Row = dict[str, Any]
 
@@ -65,18 +64,7 @@ def fault_row(pack: Path, tokens: int, fault: str, wanted: str) -> Row:
     with Site([Trip(rtt_s) for rtt_s in EDGE_RTTS_S], Trip(ORIGIN_RTT_S)) as site, TemporaryDirectory() as cache:
         env = {**os.environ, **QUIET, "COMOE_CACHE": cache}
         for node in (*site.edges, site.origin):
-            serve = [
-                *COMOE,
-                "edge",
-                str(pack),
-                "--listen",
-                f"0.0.0.0:{SERVER_PORT}",
-                "--memory",
-                "2GiB",
-                "--threads",
-                "1",
-            ]
-            node.serve(serve, env=env, stdout=-3, stderr=-3)
+            serve(node, pack, Path(cache), env)
             node.mend((ORIGIN_MBPS if node is site.origin else EDGE_MBPS) * BPS_PER_MBPS)
         command = run(f"{site.origin.url}/packs/{pack.name}", tokens, [edge.url for edge in site.edges])
         process = site.device.start(command, env=env, stdout=PIPE, stderr=PIPE)
@@ -97,8 +85,8 @@ def happen(site: Site, fault: str) -> None:
     first = site.edges[0]
     if fault == "kill":
         first.kill()
-    elif fault == "stall" and first.server is not None:
-        os.kill(first.server.pid, signal.SIGSTOP)
+    elif fault == "stall":
+        first.signal(signal.SIGSTOP)
     elif fault == "cut":
         for edge in site.edges:
             edge.cut()

@@ -124,7 +124,7 @@ class BlobCache:
         with self._changed:
             for group in groups:
                 self._residency.used_elsewhere(group)
-            self._changed.notify_all()
+            self._wake_reader()
 
     def resize(self, capacity: int) -> None:
         """Change the capacity. What is not pinned leaves at once, a pinned group when its consumer has done with it.

@@ -4,7 +4,6 @@ What to do is decided in `plan.stream`; here it is done. The floor stays, and ev
 that is there.
 """
 
-import threading
 from collections.abc import Callable, Sequence
 from math import inf
 from typing import NamedTuple, Protocol
@@ -16,6 +15,7 @@ from comoe.plan.pin import Pin, pinned
 from comoe.plan.planner import Plan
 from comoe.plan.stream import LinkFollower, LinkPlan, Pace, Streaming, forms_of
 from comoe.runtime.layer import Serving
+from comoe.runtime.periodic import Periodic
 from comoe.runtime.seen import copied, mean_tokens, nothing, uses_between
 from comoe.store.pack import Pack
 from comoe.types import BlobId, DoesNotFit
@@ -51,7 +51,7 @@ class Obeying(Protocol):
     def follow(self, plan: Plan, reason: str, prices: Prices | None = None) -> None: ...
 
 
-class Following:
+class Following(Periodic):
     """Drives `handle` from a thread of its own until `close`; `step` is one round of it. `switches` counts plans.
 
     `blobs` (B,) are the pack's in the order of the ladder; `link` says what the link is like now.
@@ -74,19 +74,7 @@ class Following:
         self._nothing = nothing(serving.seen)
         self._follower = LinkFollower(streaming)
         self.switches = 0
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True, name="comoe-following")
-
-    def start(self, clock: Callable[[], float]) -> None:
-        """Begin; `clock` answers seconds."""
-        self._clock = clock
-        self._thread.start()
-
-    def close(self) -> None:
-        """Stop. May be called twice, and without having started."""
-        self._stop.set()
-        if self._thread.is_alive():
-            self._thread.join()
+        super().__init__(STEP_S, "comoe-following")
 
     def step(self, now_s: float) -> None:
         """Look at the link and at what is there, follow another plan where one is worth more, and read towards it."""
@@ -100,10 +88,6 @@ class Following:
             self._follower.plan = before
         if self._follower.plan is not None and not self._serving.laying:  # the floor comes first
             self._read(self._follower.plan, resident, use)
-
-    def _run(self) -> None:
-        while not self._stop.wait(STEP_S):
-            self.step(self._clock())
 
     def _followed(self, plan: LinkPlan) -> bool:
         """Whether the model goes on by a plan: not where memory shrank so far that it has no room."""

@@ -4,7 +4,6 @@ What to do is decided in `plan`; here it is done. The handle obeys between exper
 in the background.
 """
 
-import threading
 from collections.abc import Callable
 from typing import Protocol
 
@@ -16,6 +15,7 @@ from comoe.plan.scheduler import Scheduler
 from comoe.plan.shift import WINDOW_TOKENS, ShiftDetector
 from comoe.plan.snapshot import Snapshot
 from comoe.runtime.layer import Serving
+from comoe.runtime.periodic import Periodic
 from comoe.runtime.seen import copied, mean_tokens, profile_between, uses_between
 from comoe.store.pack import Pack
 from comoe.store.profile import Profile
@@ -39,7 +39,7 @@ class Obeying(Protocol):
     def follow(self, plan: Plan, reason: str) -> None: ...
 
 
-class Live:
+class Live(Periodic):
     """Drives `handle` from a thread of its own until `close`; `step` is one round of it.
 
     `replan` makes a plan for text like a profile's in so many bytes of experts; DoesNotFit is no news, as the plan
@@ -62,19 +62,7 @@ class Live:
         self._detector = ShiftDetector(np.cumsum([0, *sizes[:-1]]).tolist())
         self._window = self._domain = copied(serving.seen)
         self._planned = False
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True, name="comoe-live")
-
-    def start(self, clock: Callable[[], float]) -> None:
-        """Begin; `clock` answers seconds."""
-        self._clock = clock
-        self._thread.start()
-
-    def close(self) -> None:
-        """Stop. May be called twice, and without having started."""
-        self._stop.set()
-        if self._thread.is_alive():
-            self._thread.join()
+        super().__init__(PERIOD_S, "comoe-live")
 
     def step(self, now_s: float) -> None:
         """Look at the device, then at the text, and act where that is called for."""
@@ -85,10 +73,6 @@ class Live:
             if decision.reason == "room":
                 self._fill(decision.capacity)
         self._heed_text()
-
-    def _run(self) -> None:
-        while not self._stop.wait(PERIOD_S):
-            self.step(self._clock())
 
     def _heed_text(self) -> None:
         seen = copied(self._serving.seen)

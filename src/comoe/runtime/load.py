@@ -107,7 +107,7 @@ def load(
     `routing_bias`, in logits, lets decoding prefer experts that are in memory, as far as `max_loss` allows it; 0: off.
 
     `edges` are URLs of edge nodes that serve the same pack: they run experts that are not in memory, where that is
-    sooner done than reading them; `access` has their token, too.
+    sooner done than reading them, and send those of a pack behind an address; `access` has their token, too.
 
     Raises DoesNotFit, before anything large is loaded, with the smallest budget that would do; PackError for a pack
     that cannot be used; UsageError for a budget or a profile that cannot be read; RemoteUnavailable where no edge node

@@ -22,7 +22,7 @@ class Options:
 
     `live` lets the model follow its device and its text; `deterministic` makes outputs depend on neither; `log` keeps
     the choices that outputs depend on, `replay` takes them from a log. `routing_bias` is what decoding adds to the
-    logits of experts in memory, 0 for nothing. `edges` are the nodes that may run experts, `link` what is taken from
+    logits of experts in memory, 0 for nothing. `edges` are nodes that send and run experts, `link` what is taken from
     them at most: bytes per second, seconds of round trip.
     """
 

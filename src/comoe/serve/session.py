@@ -96,14 +96,14 @@ Values = Iterable[tuple[tuple[str, ...], float]]
 
 
 def _counted(name: str, help: str, values: Values, labels: tuple[str, ...] = ("tier", "result")) -> Metric:
-    family = CounterMetricFamily(name, help, labels=labels)
-    for label, value in values:
-        family.add_metric(label, value)
-    return family
+    return _filled(CounterMetricFamily(name, help, labels=labels), values)
 
 
 def _shown(name: str, help: str, values: Values, labels: tuple[str, ...] = ("tier",)) -> Metric:
-    family = GaugeMetricFamily(name, help, labels=labels)
+    return _filled(GaugeMetricFamily(name, help, labels=labels), values)
+
+
+def _filled(family: CounterMetricFamily | GaugeMetricFamily, values: Values) -> Metric:
     for label, value in values:
         family.add_metric(label, value)
     return family
