@@ -17,7 +17,8 @@ from sweep import Subject
 
 from comoe.forms.plain import PlainMath
 from comoe.net.remote_run import Node
-from comoe.runtime.edgetier import known_answer, open_links
+from comoe.net.wire import encode_request
+from comoe.runtime.edgetier import Wanted, known_answer, open_links
 from comoe.runtime.load import Loader, load
 from comoe.runtime.options import Options
 from comoe.store.pack import Pack
@@ -61,7 +62,7 @@ def test_what_misses_is_run_by_the_node_and_the_answer_is_the_same_to_the_bit(
         assert edge.metric("comoe_edge_expert_runs_total") >= stats["edge_runs"]
 
 
-def test_a_few_tokens_of_which_one_alone_misses_are_no_trouble(packed: Path) -> None:
+def test_a_prompt_of_a_few_tokens_is_run_by_the_node_too(packed: Path) -> None:
     few = PROMPT[:, :6]
     with served(packed, read_s=0.0) as model, torch.inference_mode():
         logits = model(few).logits
@@ -69,6 +70,18 @@ def test_a_few_tokens_of_which_one_alone_misses_are_no_trouble(packed: Path) -> 
         assert torch.equal(model(few).logits, logits)
         stats = model.comoe.stats()
         assert stats["edge_runs"] > 0 and stats["edge_failures"] == 0
+
+
+def test_a_request_has_those_rows_alone_that_its_uses_are_of(packed: Path) -> None:
+    with running(packed) as edge, served(packed, edge) as model:
+        remote, pack = model.comoe._serving.remote, model.comoe.pack
+        plain = PlainMath(pack.manifest.site(0), "silu", True)
+        x = torch.arange(6.0)[:, None].expand(6, plain.site.leaves[0].cols)
+        wanted = [Wanted(0, 1, "exact", (), (4,)), Wanted(1, 3, "exact", (), (2, 4))]
+        request = remote._request(remote._links[edge.url], 0, plain, wanted, x)
+        assert request.x[:, 0].tolist() == [2.0, 4.0]
+        assert request.uses.row.tolist() == [1, 0, 1] and request.uses.expert.tolist() == [1, 3, 3]
+        assert encode_request(request)
 
 
 def test_a_node_that_is_slower_than_reading_runs_nothing(packed: Path, expected: list[int]) -> None:
