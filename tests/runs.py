@@ -41,4 +41,4 @@ def requests(draw: st.DrawFn) -> RunRequest:
     x = from_wire(draw(st.binary(min_size=size, max_size=size)), 0, (rows, width), dtype)
     gated, act = draw(st.booleans()), draw(st.sampled_from(ACTS))
     identity, layer = draw(st.binary(min_size=8, max_size=8)), draw(st.integers(0, 65535))
-    return RunRequest(identity, layer, dtype, act, gated, uses, x)
+    return RunRequest(identity, layer, dtype, act, gated, uses, x, draw(st.booleans()))

@@ -2,7 +2,8 @@
 
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -11,18 +12,18 @@ import numpy as np
 import pytest
 import torch
 from commands import Comoe, document
-from edges import Edge, running
+from edges import Edge, running, until
 from models import PROMPT, Answer, answer, greedy
 from sweep import Subject
 
 from comoe.forms.plain import PlainMath
-from comoe.net.remote_run import Node
-from comoe.net.wire import encode_request
-from comoe.runtime.edgetier import Wanted, known_answer, open_links
+from comoe.net.remote_run import Node, Timed
+from comoe.net.wire import RunAnswer, RunRequest, encode_request
+from comoe.runtime.edgetier import Known, Link, Ran, RemoteTier, Wanted, known_answer, open_links
 from comoe.runtime.load import Loader, load
 from comoe.runtime.options import Options
 from comoe.store.pack import Pack
-from comoe.types import RemoteUnavailable, UsageError
+from comoe.types import ExpertId, RemoteUnavailable, UsageError
 
 NUM_TOKENS = 24
 READ_S = 0.05
@@ -77,11 +78,33 @@ def test_a_request_has_those_rows_alone_that_its_uses_are_of(packed: Path) -> No
         remote, pack = model.comoe._serving.remote, model.comoe.pack
         plain = PlainMath(pack.manifest.site(0), "silu", True)
         x = torch.arange(6.0)[:, None].expand(6, plain.site.leaves[0].cols)
-        wanted = [Wanted(0, 1, "exact", (), (4,)), Wanted(1, 3, "exact", (), (2, 4))]
-        request = remote._request(remote._links[edge.url], 0, plain, wanted, x)
-        assert request.x[:, 0].tolist() == [2.0, 4.0]
+        four, both = torch.tensor([4]), torch.tensor([2, 4])
+        wanted = [Wanted(0, 1, "exact", (), four, torch.ones(1)), Wanted(1, 3, "exact", (), both, torch.ones(2))]
+        request, rows = remote._request(remote._links[edge.url], 0, plain, wanted, x)
+        assert request.x[:, 0].tolist() == [2.0, 4.0] == rows.tolist()
         assert request.uses.row.tolist() == [1, 0, 1] and request.uses.expert.tolist() == [1, 3, 3]
         assert encode_request(request)
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_where_outputs_may_lose_something_the_node_sums_them(packed: Path, tokens: int) -> None:
+    some = PROMPT[:, :tokens]
+    with served(packed, read_s=0.0) as model, torch.inference_mode():
+        logits = model(some).logits
+    with running(packed) as edge, served(packed, edge) as model, torch.inference_mode():
+        remote, sent = model.comoe._serving.remote, []
+        link = remote._links[edge.url]
+        link.known = link.known._replace(tolerance=1e-3)
+        assert link.known.lossy
+        run = link.remote.run
+        link.remote.run = lambda request: sent.append(request) or run(request)
+        assert torch.allclose(model(some).logits, logits, atol=0.01)
+        asked = [request for request in sent if request.summed]
+        assert any(len(request.uses) > len(request.x) for request in asked)
+        assert all(request.shape == request.x.shape for request in asked)
+        stats = model.comoe.stats()
+        assert stats["edge_runs"] == sum(len(set(request.uses.expert.tolist())) for request in asked)
+        assert stats["edge_failures"] == 0
 
 
 def test_a_node_that_is_slower_than_reading_runs_nothing(packed: Path, expected: list[int]) -> None:
@@ -141,6 +164,65 @@ def test_a_node_that_comes_back_is_used_again(packed: Path) -> None:
             if model.comoe.stats()["edge_runs"] > before:
                 break
         assert model.comoe.stats()["edge_runs"] > before
+
+
+class Fake:
+    """A node that answers the known question and all others, or nothing."""
+
+    url, identity = "http://node", b""
+
+    def __init__(self, known: Known) -> None:
+        self.answers, self.asked, self.known = True, 0, known
+
+    def run(self, request: RunRequest) -> Timed:
+        self.asked += 1
+        if not self.answers:
+            raise RemoteUnavailable("gone")
+        y = np.repeat(self.known.answer, len(request.uses), axis=0)
+        return Timed(RunAnswer("float32", y, 0.001), 0.002, 100)
+
+    def close(self) -> None:
+        pass
+
+
+def test_a_node_that_failed_once_rests_is_asked_how_it_is_and_runs_again(packed: Path) -> None:
+    now_s = 100.0
+    with closing(Pack(packed)) as pack:
+        plain = PlainMath(pack.manifest.site(0), "silu", True)
+        node = Fake(known_answer(pack, plain, exact=True))
+        link = Link(node, node.known, ThreadPoolExecutor(1))
+        link.measure(lambda: now_s)
+        x, row = torch.ones(1, plain.site.leaves[0].cols), torch.zeros(1, dtype=torch.long)
+        one = Wanted(0, 0, "exact", pack.manifest.blobs(ExpertId(0, 0), "exact"), row, torch.ones(1))
+
+        def run(tier: RemoteTier) -> list[Ran] | None:
+            sent = tier.send(0, plain, [one], x)
+            return tier.outputs(sent, x.dtype) if sent is not None else None
+
+        with closing(RemoteTier([link], lambda: node.url, pack, lambda blob: 1.0, lambda: now_s)) as tier:
+            assert tier.ready() and run(tier) is not None
+            node.answers = False
+            assert run(tier) is None and not tier.ready()
+            node.answers, asked = True, node.asked
+            assert run(tier) is None and node.asked == asked  # it rests
+            now_s += 1.5
+            tier.ready()  # asks it
+            until(lambda: node.asked > asked)
+            until(tier.ready)
+            assert run(tier) is not None
+
+
+def test_what_is_waited_for_runs_on_the_node_once_it_is_back(packed: Path) -> None:
+    with running(packed) as edge, served(packed, edge, read_s=0.3) as model, torch.inference_mode():
+        remote = model.comoe._serving.remote
+        link = remote._links[edge.url]
+        model(PROMPT[:, :1])
+        before = model.comoe.stats()
+        link.rests_until_s = perf_counter() + 0.1  # less than the first read takes
+        model(PROMPT[:, :1] + 1)
+        after = model.comoe.stats()
+        assert after["edge_runs"] > before["edge_runs"]
+        assert after["edge_failures"] == 0
 
 
 NAN = float("nan")

@@ -4,8 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from comoe.plan.missrule import num_away
-from comoe.plan.planner import BACKGROUND_SHARE
+from comoe.plan.missrule import AWAY_SHARE, num_away
 
 
 @pytest.mark.parametrize(
@@ -13,9 +12,9 @@ from comoe.plan.planner import BACKGROUND_SHARE
     [
         ([], (1.0, 0.0, 0.0), 0),
         ([10], (0.1, 2.0, 0.1), 0),  # a read of a second against an exchange of two
-        ([10], (0.1, 0.3, 0.1), 1),  # 0.4 s, and half a second for reading it in the background
-        ([10], (0.1, 0.5, 0.1), 0),
-        ([10, 10, 10, 10], (0.1, 1.0, 0.1), 3),  # 1.0 s of reading while 1.3 s away, and 1.5 s in the background
+        ([10], (0.1, 0.7, 0.1), 1),  # 0.8 s, and a tenth of a second for reading it in the background
+        ([10], (0.1, 0.9, 0.1), 0),
+        ([10, 10, 10, 10], (0.1, 1.0, 0.1), 3),  # 1.0 s of reading while 1.3 s away, and 0.3 s in the background
         ([10, 10], (0.1, 1.5, 0.5), 0),
         ([10, 10], (0.1, 0.1, 1.0), 1),
     ],
@@ -32,7 +31,7 @@ def test_it_never_costs_more_than_reading_all_and_a_free_node_gets_all(
     away = num_away(read_s, exchange_s, run_s)
     here_s = sum(read_s[: len(read_s) - away])
     taken = max(here_s, exchange_s + away * run_s if away else 0.0)
-    taken += BACKGROUND_SHARE * (sum(read_s) - here_s)
+    taken += AWAY_SHARE * (sum(read_s) - here_s)
     assert taken <= sum(read_s) * (1 + 1e-9)
     if all(read_s):
         assert num_away(read_s, 0.0, 0.0) == len(read_s)

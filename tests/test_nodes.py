@@ -4,6 +4,7 @@ import json
 import logging
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from sources import read
 from webs import Web, serving
 
 from comoe.net.address import Access
-from comoe.net.nodes import EdgeNodes
+from comoe.net.nodes import LEAST_PIECE, EdgeNodes
 from comoe.net.remote import RemotePack
 from comoe.net.remote_run import Node, manifest_hash
 from comoe.runtime.load import load
@@ -69,6 +70,49 @@ def test_bytes_come_from_the_node_that_serves_and_none_from_the_origin(
     assert source_of(pack) == "edge"
     rate_bps, trip_s = pack.link_now()
     assert nodes.link is not None and rate_bps > 0 and trip_s > 0
+
+
+def test_while_the_node_runs_experts_bytes_come_in_pieces_one_at_a_time(
+    stack: ExitStack, published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("comoe.net.nodes.PIECE_S", 0.0)
+    local = Pack(published)
+    origin = stack.enter_context(serving(published))
+    edge = stack.enter_context(near(published, tmp_path, "edge"))
+    pack, nodes = roaming(stack, origin, published, tmp_path, edge)
+    blob = max(pack.blob_ids(), key=pack.nbytes)
+    for runs, pieces in ((False, 1), (True, -(-pack.nbytes(blob) // LEAST_PIECE))):
+        nodes.runs = lambda runs=runs: runs
+        edge.asked.clear()
+        assert read(pack, blob) == local.read_bytes(blob)
+        assert len([path for path, _ in edge.asked if "packs" in path]) == pieces
+    assert pieces > 1
+    with nodes._turn, ThreadPoolExecutor(1) as pool:
+        edge.asked.clear()
+        reading = pool.submit(read, pack, blob)
+        with pytest.raises(TimeoutError):
+            reading.result(0.2)
+        assert not [path for path, _ in edge.asked if "packs" in path]
+        nodes._turn.release()
+        assert reading.result(10) == local.read_bytes(blob)
+        nodes._turn.acquire()
+
+
+def test_while_no_node_serves_the_origin_leaves_room_for_probes(
+    stack: ExitStack, published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("comoe.net.nodes.SEARCHING_S", 0.0)
+    local = Pack(published)
+    origin = stack.enter_context(serving(published))
+    edge = stack.enter_context(near(published, tmp_path, "edge"))
+    pack, nodes = roaming(stack, origin, published, tmp_path, edge)
+    blob = max(pack.blob_ids(), key=pack.nbytes)
+    edge.leave_after = 0
+    until(lambda: nodes.serving is None)
+    pack.link_now()
+    origin.asked.clear()
+    assert read(pack, blob) == local.read_bytes(blob)
+    assert len(origin.asked) == -(-pack.nbytes(blob) // LEAST_PIECE) > 1
 
 
 def test_a_range_that_breaks_goes_on_at_the_origin(stack: ExitStack, published: Path, tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """Several nodes on real sockets: one serves, a dead one is left, and a link comes back."""
 
+from threading import Timer
+
 import pytest
 from nodes import Node, eventually, nodes
 
@@ -52,6 +54,53 @@ def test_a_node_that_answers_probes_but_sends_nothing_is_stalled() -> None:
         with links.reading() as (stalled, _):
             assert eventually(lambda: links.counts["stalled"] == 1)
             assert links.serving not in (stalled, None)
+
+
+class Scripted:
+    """A node that takes as long as `rtt_s` says."""
+
+    def __init__(self, rtt_s: float) -> None:
+        self.rtt_s, self.asked = rtt_s, 0
+
+    def ask(self) -> float:
+        self.asked += 1
+        return self.rtt_s
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("gentle", [True, False])
+def test_that_a_node_went_away_shows_while_it_is_read_from_gently(gentle: bool) -> None:
+    probe = Scripted(0.02)
+    with Roaming([("a", probe)], gentle=lambda: gentle) as links:
+        assert eventually(lambda: links.serving == "a")
+        with links.reading() as (_, came):
+            probe.rtt_s, asked = 0.1, probe.asked
+
+            def noticed() -> bool:
+                came(1)
+                rtt_s = links.links()["a"].rtt_s
+                assert rtt_s is not None
+                return probe.asked > asked + 8 if not gentle else rtt_s > 0.07
+
+            assert eventually(noticed)
+            assert links.links()["a"].rtt_s == pytest.approx(0.1 if gentle else 0.02, abs=0.03)
+
+
+def test_nodes_may_be_awaited_where_the_link_is_gone_at_first() -> None:
+    with nodes(1) as [node]:
+        node.answering.clear()
+        with Roaming([(node.url, Probe(node.url, 0.2))]) as links:
+            with pytest.raises(RemoteUnavailable, match="does not answer"):
+                links.first(5.0)
+            Timer(1.0, node.answering.set).start()
+            links.first(30.0, awaited=True)
+            assert links.there == [node.url]
+        node.answering.clear()
+        with Roaming([(node.url, Probe(node.url, 0.2))]) as links, pytest.raises(RemoteUnavailable):
+            links.first(0.5, awaited=True)
+        node.answering.set()
 
 
 def test_a_request_that_breaks_counts_against_the_link() -> None:

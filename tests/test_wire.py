@@ -12,6 +12,7 @@ from comoe.net.wire import (
     ANSWER_HEAD,
     DTYPES,
     REQUEST_HEAD,
+    VERSION,
     RunAnswer,
     RunRequest,
     Uses,
@@ -33,7 +34,7 @@ def same_bits(ours: object, theirs: object) -> bool:
 @given(requests())
 def test_a_request_arrives_as_it_was_sent(request_: RunRequest) -> None:
     found = decode_request(encode_request(request_))
-    for name in ("identity", "layer", "dtype", "activation", "gated"):
+    for name in ("identity", "layer", "dtype", "activation", "gated", "summed", "shape"):
         assert getattr(found, name) == getattr(request_, name)
     for name in ("expert", "row", "gate", "form"):
         assert same_bits(getattr(found.uses, name), getattr(request_.uses, name))
@@ -50,9 +51,9 @@ def test_an_answer_arrives_as_it_was_sent(request_: RunRequest, seconds: float) 
 @given(st.binary(max_size=300))
 @example(b"")
 @example(b"CMRQ")
-@example(REQUEST_HEAD.pack(b"CMRQ", 1, 0, 0, 0, bytes(8), 0, 65535, 65535, 65535))
-@example(REQUEST_HEAD.pack(b"CMRQ", 1, 0, 0, 0, bytes(8), 0, 0, 0, 0))
-@example(ANSWER_HEAD.pack(b"CMRA", 1, 0, 65535, 65535, 0))
+@example(REQUEST_HEAD.pack(b"CMRQ", VERSION, 0, 0, 0, bytes(8), 0, 65535, 65535, 65535))
+@example(REQUEST_HEAD.pack(b"CMRQ", VERSION, 0, 0, 4, bytes(8), 0, 0, 0, 0))
+@example(ANSWER_HEAD.pack(b"CMRA", VERSION, 0, 65535, 65535, 0))
 def test_garbage_is_one_error(data: bytes) -> None:
     for decode in (decode_request, decode_answer):
         with pytest.raises(HostileMessage):

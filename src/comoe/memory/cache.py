@@ -1,7 +1,7 @@
 """The blob cache: residency, arena and I/O threads joined. The only place of this floor that waits."""
 
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from time import perf_counter
 from types import TracebackType
@@ -24,6 +24,9 @@ class CacheStats:
 
 HELD_AT_ONCE = 64
 """Blobs of a floor that are asked for together."""
+
+LOOK_S = 0.05
+"""So often who waits looks whether there is no more need to."""
 
 
 class BlobCache:
@@ -59,18 +62,20 @@ class BlobCache:
         for thread in self._threads:
             thread.start()
 
-    def serve(self, groups: Sequence[Group], ahead: Sequence[Group] = ()) -> Iterator[tuple[int, tuple[Buffer, ...]]]:
+    def serve(
+        self, groups: Sequence[Group], ahead: Sequence[Group] = (), until: Callable[[], bool] | None = None
+    ) -> Iterator[tuple[int, tuple[Buffer, ...]]]:
         """Yield (position in `groups`, the blobs' bytes) as they are there: resident ones first, then by arrival.
 
         A group is pinned until the next is asked for. Groups `ahead` are likely asked for next, the likeliest first:
-        they are read when nothing else is, until it is asked for other ones. Raises what the source raised for a group;
-        DoesNotFit where a group is larger than the capacity.
+        they are read when nothing else is, until it is asked for other ones. Where `until` becomes true while it waits,
+        the groups that are not there are left out. Raises what the source raised for a group; DoesNotFit where a group
+        is larger than the capacity.
         """
         tickets = self._demand(groups, ahead)
         try:
-            while tickets:
-                position, ticket = self._next_ready(tickets)
-                del tickets[position]
+            while tickets and (position := self._next_ready(tickets, until)) is not None:
+                ticket = tickets.pop(position)
                 try:
                     if ticket.error is not None:
                         raise ticket.error
@@ -205,14 +210,14 @@ class BlobCache:
             self._wake_reader()
             return tickets
 
-    def _next_ready(self, tickets: dict[int, Ticket]) -> tuple[int, Ticket]:
-        """The first ticket that is whole or broken; waits for one."""
+    def _next_ready(self, tickets: dict[int, Ticket], until: Callable[[], bool] | None) -> int | None:
+        """The position of the first ticket that is whole or broken; waits for one, at most until `until` is true."""
         with self._changed:
             while not self._closed:
                 position = first_ready(tickets)
-                if position is not None:
-                    return position, tickets[position]
-                self._changed.wait()
+                if position is not None or (until is not None and until()):
+                    return position
+                self._changed.wait(LOOK_S if until is not None else None)
             raise RuntimeError("the cache is closed")
 
     def _release(self, tickets: Iterable[Ticket]) -> None:

@@ -4,9 +4,10 @@ Which one serves is `net.roaming`'s. What runs there is `runtime.edgetier`'s.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
+from threading import Lock
 from time import monotonic
 from typing import NamedTuple
 
@@ -18,6 +19,10 @@ from comoe.net.probe import Probe
 from comoe.net.remote_run import HotExpert, Node, RemoteRun
 from comoe.net.roaming import Roaming
 from comoe.types import ComoeError, PackError, RemoteUnavailable
+
+PIECE_S, SEARCHING_S, LEAST_PIECE = 0.05, 0.25, 2048
+"""While a node runs experts, too, what is read comes in pieces of so many seconds of the link, one at a time: an answer
+waits for one of them at most. In larger ones while none serves, so that probes come through. In bytes at least."""
 
 PROBE_S = 1.0
 """How long a node may take to say that it is there."""
@@ -51,11 +56,18 @@ class EdgeNodes:
     """The `nodes` that may serve the pack whose manifest has the SHA-256 `identity`, watched until `close`.
 
     No more comes than `link` carries: bytes per second, seconds of round trip; None for no limit. `hot`, called from a
-    thread of this, says what the session uses most. Every event is logged. Raises RemoteUnavailable where no node
-    answers, UsageError.
+    thread of this, says what the session uses most; `runs` whether the node runs experts, too. Every event is logged.
+    Raises RemoteUnavailable where no node answers, or none for a while where these are `awaited`; UsageError.
     """
 
-    def __init__(self, nodes: Sequence[Node], identity: str, link: tuple[float, float] | None = None) -> None:
+    def __init__(
+        self,
+        nodes: Sequence[Node],
+        identity: str,
+        link: tuple[float, float] | None = None,
+        *,
+        awaited: bool = False,
+    ) -> None:
         self._nodes = {node.url: node for node in nodes}
         self._identity, self._link = identity, link
         self._probes = {
@@ -64,11 +76,15 @@ class EdgeNodes:
         }
         self._files: dict[str, Origin] = {}
         self._teller = ThreadPoolExecutor(1, "comoe-hot")
+        self._turn = Lock()
         self.announced = Announced()
+        self.runs: Callable[[], bool] = lambda: False
         self.hot: Callable[[], Sequence[HotExpert]] = list
-        self._roaming = Roaming([(node.url, self._probes[node.url]) for node in nodes], self._heard).start()
+        self._roaming = Roaming(
+            [(node.url, self._probes[node.url]) for node in nodes], self._heard, lambda: self.runs()
+        ).start()
         try:
-            self._roaming.first(FIRST_S)
+            self._roaming.first(FIRST_S, awaited=awaited)
         except RemoteUnavailable:
             self.close()
             raise
@@ -102,6 +118,19 @@ class EdgeNodes:
         """The link to the node that serves; None without one."""
         serving = self.serving
         return None if serving is None else self.links()[serving]
+
+    @contextmanager
+    def sharing(self, rate_bps: float) -> Iterator[int | None]:
+        """How many bytes to ask for now at such a rate, so that the link is not full; None for all of them.
+
+        Others that share it wait meanwhile.
+        """
+        searching = self.serving is None
+        if not searching and not self.runs():
+            yield None
+            return
+        with self._turn:
+            yield max(LEAST_PIECE, int(rate_bps * (SEARCHING_S if searching else PIECE_S)))
 
     def fetch(self, name: str, start: int, into: memoryview) -> int:
         """Fill `into` from byte `start` of the file `name`; how many bytes came before no node was left to ask.

@@ -45,14 +45,14 @@ def reading_of(where: str, access: Access, manifest: Manifest) -> tuple[float, f
 
 
 def open_nodes(nodes: Sequence[Node], pack: Pack, link: tuple[float, float] | None) -> "EdgeNodes":
-    """Edge nodes that may serve a pack; one behind a URL is read from them, too. Raises RemoteUnavailable, UsageError.
+    """Edge nodes that may serve a pack; one behind a URL is read from them, too, and its link may be gone for a moment.
 
-    No more comes than `link` carries: bytes per second, seconds of round trip.
+    No more comes than `link` carries: bytes per second, seconds of round trip. Raises RemoteUnavailable, UsageError.
     """
     from comoe.net.nodes import EdgeNodes
     from comoe.net.remote import RemotePack
 
-    found = EdgeNodes(nodes, manifest_hash(pack.folder), link)
+    found = EdgeNodes(nodes, manifest_hash(pack.folder), link, awaited=pack.remote)
     if isinstance(pack, RemotePack):
         pack.nodes = found
     return found

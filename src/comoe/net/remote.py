@@ -109,9 +109,17 @@ class RemotePack(Pack):
 
     def _fill(self, name: str, start: int, into: memoryview) -> str:
         """Fill `into` from the edge node that serves, what that does not send from the origin; the last byte's tier."""
-        came = self.nodes.fetch(name, start, into) if self.nodes is not None else 0
-        self._origin.fetch(name, start + came, into[came:])
-        return "edge" if came == len(into) else self._origin.tier
+        if self.nodes is None:
+            self._origin.fetch(name, start, into)
+            return self._origin.tier
+        at, came, part = 0, 0, into
+        while at < len(into):
+            with self.nodes.sharing(self.link_now()[0]) as most:
+                part = into[at : len(into) if most is None else at + most]
+                came = self.nodes.fetch(name, start + at, part)
+                self._origin.fetch(name, start + at + came, part[came:])
+            at += len(part)
+        return "edge" if came == len(part) else self._origin.tier
 
     def _fetch(self, blob: BlobId, pieces: Pieces, into: memoryview) -> str:
         """Bring a blob, from the origin alone where what came was wrong; its tier.

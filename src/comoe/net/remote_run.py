@@ -86,7 +86,7 @@ class RemoteRun:
         return bytes.fromhex(self._hash)[:IDENTITY_BYTES]
 
     def run(self, request: RunRequest) -> Timed:
-        """The outputs of a request's uses."""
+        """The outputs of a request's uses, or of its rows."""
         path, body = f"{self._folder()}/run", encode_request(request)
         start_s = self._clock()
         data = self._exchange("POST", path, body, 2 * MAX_BYTES)
@@ -95,7 +95,7 @@ class RemoteRun:
             answer = decode_answer(data)
         except HostileMessage as error:
             raise RemoteUnavailable(f"{self._node.url} gave no answer of experts: {error}") from error
-        if answer.y.shape != (len(request.uses), request.x.shape[1]):
+        if answer.y.shape != request.shape:
             raise RemoteUnavailable(f"{self._node.url} answered something else than was asked.")
         return Timed(answer, seconds, len(body) + len(data))
 

@@ -3,6 +3,7 @@
 A thread for each node probes it, so that a dead one delays nobody. Who reads from a node tells what came by `reading`.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from threading import Event as Flag
@@ -17,6 +18,9 @@ from comoe.types import ComoeError, RemoteUnavailable, UsageError
 
 PERIOD_S = 0.25
 """Between two probes of a node."""
+
+RECENT = 4
+"""Probes of a node that is read from gently: of so many, one finds no piece before it."""
 
 UNIT_NBYTES = 1 << 16
 """What links are compared by: the seconds that so many bytes are expected to take."""
@@ -33,6 +37,8 @@ class Asks(Protocol):
 class Roaming:
     """Nodes by their URL, watched from `start` until `close`; `told` hears every event, from a thread of a node's.
 
+    `gentle` says whether what is read leaves room for others: else round trips are those of a full link.
+
     UsageError where a node is named twice.
     """
 
@@ -40,12 +46,13 @@ class Roaming:
         self,
         probes: Sequence[tuple[str, Asks]],
         told: Callable[[Event], None] = lambda event: None,
+        gentle: Callable[[], bool] = lambda: False,
         *,
         rule: Rule = DEFAULT_RULE,
         history: NextNode | None = None,
         clock: Callable[[], float] = monotonic,
     ) -> None:
-        self._probes, self._told, self._clock = dict(probes), told, clock
+        self._probes, self._told, self._gentle, self._clock = dict(probes), told, gentle, clock
         if not probes or len(self._probes) < len(probes):
             raise UsageError("name every edge node once.")
         self._links = {node: Link() for node in self._probes}
@@ -62,9 +69,15 @@ class Roaming:
             thread.start()
         return self
 
-    def first(self, timeout_s: float) -> None:
-        """Wait until every node was asked once. Raises RemoteUnavailable where none that was answers."""
+    def first(self, timeout_s: float, *, awaited: bool = False) -> None:
+        """Wait until every node was asked once, and one answers if these are `awaited`.
+
+        Raises RemoteUnavailable where none that was asked does.
+        """
+        until_s = self._clock() + timeout_s
         self._asked.wait(timeout_s)
+        while awaited and not self.there and self._clock() < until_s:
+            self._closing.wait(PERIOD_S)
         with self._lock:
             if not self.there and self._problems:
                 raise next(iter(self._problems.values()))
@@ -137,6 +150,7 @@ class Roaming:
 
     def _watch(self, node: str) -> None:
         probe, link, meter = self._probes[node], self._links[node], self._meters[node]
+        recent: deque[float] = deque(maxlen=RECENT)
         while not self._closing.is_set():
             loaded = meter.busy
             try:
@@ -148,7 +162,10 @@ class Roaming:
             else:
                 with self._lock:
                     self._problems.pop(node, None)
-                    link.probed(rtt_s, self._clock(), loaded=loaded or meter.busy)
+                    recent.append(rtt_s)
+                    if gentle := self._gentle():
+                        rtt_s = min(recent)
+                    link.probed(rtt_s, self._clock(), loaded=not gentle and (loaded or meter.busy))
             self._tick()
             self._unasked.discard(node)
             if not self._unasked:

@@ -2,16 +2,17 @@
 
 All numbers are little-endian. A request, the body of `POST /packs/NAME/run`:
 
-    magic "CMRQ", u8 version, u8 dtype, u8 activation, u8 gated, 8 bytes of the pack's identity,
+    magic "CMRQ", u8 version, u8 dtype, u8 activation, u8 flags (1: gated, 2: summed), 8 bytes of the pack's identity,
     u16 layer, u16 rows N, u16 uses U, u16 width H,
     u16[U] expert, u16[U] row, f32[U] gate, u8[U] form, then x, (N, H) of dtype
 
 and its answer:
 
-    magic "CMRA", u8 version, u8 dtype, u16 uses U, u16 width H, u32 microseconds at the node, then y, (U, H) of dtype
+    magic "CMRA", u8 version, u8 dtype, u16 rows R, u16 width H, u32 microseconds at the node, then y, (R, H) of dtype
 
 Use i is expert `expert[i]` in the form with that index in the manifest, on row `row[i]` of x: y[i] is its output times
-`gate[i]`, rounded to the dtype as torch rounds. The identity is the beginning of the SHA-256 of the pack's manifest.
+`gate[i]`, rounded to the dtype as torch rounds. Of a summed request, y[j] is the sum of those of row j's uses, in any
+order: an answer as small as the question. The identity is the beginning of the SHA-256 of the pack's manifest.
 """
 
 import struct
@@ -23,12 +24,13 @@ import numpy.typing as npt
 from comoe.kernels.native import ACTIVATIONS
 from comoe.types import DTYPE_BYTES, HostileMessage
 
-VERSION = 1
+VERSION = 2
 IDENTITY_BYTES = 8
 REQUEST_MAGIC, ANSWER_MAGIC = b"CMRQ", b"CMRA"
 REQUEST_HEAD = struct.Struct("<4sBBBB8sHHHH")
 ANSWER_HEAD = struct.Struct("<4sBBHHI")
 USE_BYTES = 2 + 2 + 4 + 1
+GATED, SUMMED = 1, 2
 DTYPES = tuple(DTYPE_BYTES)
 ACTS = tuple(ACTIVATIONS)
 
@@ -55,7 +57,8 @@ class Uses:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RunRequest:
-    """What a device asks for: `x` (N, H) is float32 here and of `dtype` on the wire."""
+    """What a device asks for: `x` (N, H) is float32 here and of `dtype` on the wire; `summed`: outputs by row, not by
+    use."""
 
     identity: bytes
     layer: int
@@ -64,11 +67,18 @@ class RunRequest:
     gated: bool
     uses: Uses
     x: Floats
+    summed: bool = False
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of its answer."""
+        rows, width = self.x.shape
+        return (rows if self.summed else len(self.uses)), width
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RunAnswer:
-    """`y` (U, H) is float32 here and of `dtype` on the wire; `seconds` is the time that the node took."""
+    """`y` (R, H) is float32 here and of `dtype` on the wire; `seconds` is the time that the node took."""
 
     dtype: str
     y: Floats
@@ -79,7 +89,8 @@ def encode_request(request: RunRequest) -> bytes:
     """The bytes of a request. Raises HostileMessage where a node would refuse it."""
     uses, (rows, width) = request.uses, request.x.shape
     _check_sizes(rows, len(uses), width, request.dtype)
-    codes = (DTYPES.index(request.dtype), ACTS.index(request.activation), request.gated)
+    flags = GATED * request.gated + SUMMED * request.summed
+    codes = (DTYPES.index(request.dtype), ACTS.index(request.activation), flags)
     head = REQUEST_HEAD.pack(REQUEST_MAGIC, VERSION, *codes, request.identity, request.layer, rows, len(uses), width)
     arrays = [uses.expert.astype("<u2"), uses.row.astype("<u2"), uses.gate.astype("<f4"), uses.form.astype("u1")]
     return b"".join([head, *(array.tobytes() for array in arrays), to_wire(request.x, request.dtype)])
@@ -89,10 +100,10 @@ def decode_request(data: bytes) -> RunRequest:
     """The request that `data` is. Raises HostileMessage for anything else."""
     if len(data) < REQUEST_HEAD.size:
         raise HostileMessage(f"{len(data)} bytes are no request to run experts.")
-    magic, version, code, act, gated, identity, layer, rows, num, width = REQUEST_HEAD.unpack_from(data)
+    magic, version, code, act, flags, identity, layer, rows, num, width = REQUEST_HEAD.unpack_from(data)
     _check_head(magic == REQUEST_MAGIC, version, code)
-    if act >= len(ACTS) or gated > 1:
-        raise HostileMessage("a request to run experts names an activation that there is not.")
+    if act >= len(ACTS) or flags > GATED + SUMMED:
+        raise HostileMessage("a request to run experts names an activation, or a flag, that there is not.")
     dtype = DTYPES[code]
     _check_sizes(rows, num, width, dtype)
     at = REQUEST_HEAD.size
@@ -104,15 +115,16 @@ def decode_request(data: bytes) -> RunRequest:
     if int(row.max()) >= rows or not np.isfinite(gate).all():
         raise HostileMessage("a request to run experts has a use without a row, or a gate that is no number.")
     x = from_wire(data, at + USE_BYTES * num, (rows, width), dtype)
-    return RunRequest(identity, layer, dtype, ACTS[act], bool(gated), Uses(expert, row, gate, form), x)
+    uses = Uses(expert, row, gate, form)
+    return RunRequest(identity, layer, dtype, ACTS[act], bool(flags & GATED), uses, x, bool(flags & SUMMED))
 
 
 def encode_answer(answer: RunAnswer) -> bytes:
     """The bytes of an answer."""
-    uses, width = answer.y.shape
-    _check_sizes(1, uses, width, answer.dtype)
+    rows, width = answer.y.shape
+    _check_sizes(1, rows, width, answer.dtype)
     microseconds = min(MAX_MICROSECONDS, max(0, round(1e6 * answer.seconds)))
-    head = ANSWER_HEAD.pack(ANSWER_MAGIC, VERSION, DTYPES.index(answer.dtype), uses, width, microseconds)
+    head = ANSWER_HEAD.pack(ANSWER_MAGIC, VERSION, DTYPES.index(answer.dtype), rows, width, microseconds)
     return head + to_wire(answer.y, answer.dtype)
 
 
@@ -120,11 +132,11 @@ def decode_answer(data: bytes) -> RunAnswer:
     """The answer that `data` is. Raises HostileMessage for anything else."""
     if len(data) < ANSWER_HEAD.size:
         raise HostileMessage(f"{len(data)} bytes are no answer of experts.")
-    magic, version, code, uses, width, microseconds = ANSWER_HEAD.unpack_from(data)
+    magic, version, code, rows, width, microseconds = ANSWER_HEAD.unpack_from(data)
     _check_head(magic == ANSWER_MAGIC, version, code)
-    _check_sizes(1, uses, width, DTYPES[code])
-    _check_length(data, ANSWER_HEAD.size + uses * width * DTYPE_BYTES[DTYPES[code]])
-    y = from_wire(data, ANSWER_HEAD.size, (uses, width), DTYPES[code])
+    _check_sizes(1, rows, width, DTYPES[code])
+    _check_length(data, ANSWER_HEAD.size + rows * width * DTYPE_BYTES[DTYPES[code]])
+    y = from_wire(data, ANSWER_HEAD.size, (rows, width), DTYPES[code])
     return RunAnswer(DTYPES[code], y, microseconds / 1e6)
 
 

@@ -5,7 +5,10 @@ from itertools import accumulate
 from typing import NamedTuple
 
 from comoe.plan.ledger import Ledger
-from comoe.plan.planner import BACKGROUND_SHARE, Plan
+from comoe.plan.planner import Plan
+
+AWAY_SHARE = 0.1
+"""The cache's policy would not keep most of it: a fifth is read, at half the time of other reads."""
 
 
 class MissRule(NamedTuple):
@@ -24,14 +27,14 @@ def num_away(read_s: Sequence[float], exchange_s: float, run_s: float) -> int:
     """How many of a layer's missing experts, each of which is read in so many seconds, an edge node runs: the last
     ones, while the others are read here one after the other. What costs least; of two that do, the fewest.
 
-    One exchange with the node takes `exchange_s`, and each expert that it runs in it `run_s`. What was run away is read
-    in the background, which takes its share of the time of other reads.
+    One exchange with the node takes `exchange_s`, and each expert that it runs in it `run_s`. Some of what was run away
+    is read in the background, which takes `AWAY_SHARE` of the time of reading it from other reads.
     """
     read = [0.0, *accumulate(read_s)]
 
     def seconds(away: int) -> float:
         here_s = read[len(read_s) - away]
         away_s = exchange_s + away * run_s if away else 0.0
-        return max(here_s, away_s) + BACKGROUND_SHARE * (read[-1] - here_s)
+        return max(here_s, away_s) + AWAY_SHARE * (read[-1] - here_s)
 
     return min(range(len(read_s) + 1), key=seconds)

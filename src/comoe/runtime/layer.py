@@ -5,8 +5,9 @@ The state of a running model that its layers share is here too. Residency is `me
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from time import sleep
 from typing import NamedTuple
 
@@ -22,7 +23,7 @@ from comoe.plan.footprint import CHUNK_TOKENS
 from comoe.plan.ledger import Ledger
 from comoe.plan.missrule import MissRule
 from comoe.plan.planner import Plan
-from comoe.runtime.edgetier import RemoteTier, Sent, Wanted
+from comoe.runtime.edgetier import Ran, RemoteTier, Sent, Wanted
 from comoe.runtime.experts import KERNEL_TOKENS, SiteMath
 from comoe.store.manifest import Manifest
 from comoe.types import BlobId, ExpertId, RemoteUnavailable
@@ -34,6 +35,10 @@ AGAIN_S = 0.25
 
 DECODE_TOKENS = 1
 """A pass of more tokens is prefill, which never takes the floor: coarse keys and values would stay behind."""
+
+
+class Late(RemoteUnavailable):
+    """An edge node did not answer in time, and the floor of what it was to run is still to come."""
 
 
 class Use(NamedTuple):
@@ -63,8 +68,21 @@ class Chosen(NamedTuple):
     spent: float
 
 
-Chunk = tuple[Tensor, Sequence[Use], Sequence[Way]]
-"""Tokens (N, H), and which experts they use in which way."""
+class Chunk(NamedTuple):
+    """Tokens `x` (N, H), which experts they use in which way, and with which gates (N, K)."""
+
+    x: Tensor
+    uses: Sequence[Use]
+    ways: Sequence[Way]
+    weight: Tensor
+
+    def gates(self, use: Use) -> Tensor:
+        """The gates (T,) of a use."""
+        return self.weight[use.tokens, use.positions]
+
+
+NOTHING = Ran([], torch.empty(0, dtype=torch.long), torch.empty(0))
+"""What a use comes to that another one's sum has."""
 
 
 @dataclass(slots=True)
@@ -186,70 +204,79 @@ class ServedLayer:
                 return self._summed(x, uses, ways, weight, ahead)
             except RemoteUnavailable as error:
                 chosen = [self._without_link(use, one, decode=decode) for use, one in zip(uses, chosen, strict=True)]
-                ways = [one.way for one in chosen]
-                waited_s += self._wait_for_link(ways, waited_s, error)
+                if not isinstance(error, Late):
+                    waited_s += self._wait_for_link([one.way for one in chosen], waited_s, error)
 
     def _summed(
         self, x: Tensor, uses: Sequence[Use], ways: Sequence[Way], weight: Tensor, ahead: Sequence[Group] = ()
     ) -> Tensor:
         """Every token's experts, weighted and summed in the order of the uses."""
         out = torch.zeros_like(x)
-        waiting: dict[int, Tensor] = {}
+        waiting: dict[int, Ran] = {}
         added = 0
-        for at, y in self._outputs((x, uses, ways), ahead):
-            use = uses[at]
-            waiting[at] = (y * weight[use.tokens, use.positions, None]).to(out.dtype)
+        for ran in self._outputs(Chunk(x, uses, ways, weight), ahead):
+            waiting |= dict.fromkeys(ran.positions, NOTHING)
+            waiting[ran.positions[0]] = ran
             while added in waiting:
-                _add(out, uses[added].tokens, waiting.pop(added))
+                _add(out, waiting.pop(added))
                 added += 1
         return out
 
-    def _outputs(self, chunk: Chunk, ahead: Sequence[Group]) -> Iterator[tuple[int, Tensor]]:
-        """(position, outputs (T, H)) of every use, as they are there: what an edge node runs comes last."""
-        x, uses, ways = chunk
-        sent = self._send(x, uses, ways)
-        away = [use.position for use in sent.wanted] if sent is not None else []
-        here = [at for at in range(len(uses)) if at not in away]
-        yield from self._computed(here, chunk, ahead)
+    def _outputs(self, chunk: Chunk, ahead: Sequence[Group]) -> Iterator[Ran]:
+        """What all uses come to, as they are there: what an edge node runs comes last.
+
+        Where one is back for which reads were waited for, it runs what is not there yet.
+        """
+        remote, left = self.serving.remote, set(range(len(chunk.uses)))
+        while left:
+            until = remote.ready if remote is not None and self._sends and not remote.ready() else None
+            sent = self._send(remote, chunk, left) if remote is not None and self._sends else None
+            here = left.difference(sent.positions if sent is not None else ())
+            for ran in chain(self._computed(sorted(here), chunk, ahead, until), self._answered(sent, chunk)):
+                left.difference_update(ran.positions)
+                yield ran
+
+    def _answered(self, sent: Sent | None, chunk: Chunk) -> Iterator[Ran]:
+        """What the node makes of what was sent; nothing where it fails. Raises Late: a coarse form is sooner there."""
         if sent is None or self.serving.remote is None:
             return
-        found = self.serving.remote.outputs(sent, x.dtype)
-        if found is not None:
-            if not self.serving.laying:
-                self.serving.cache.used_elsewhere([ways[at].blobs for at in away])
-            yield from zip(away, found, strict=True)
-        elif self.serving.laying:
-            raise RemoteUnavailable("the edge node does not answer in time.")
-        else:
-            yield from self._computed(away, chunk, ())
+        found = self.serving.remote.outputs(sent, chunk.x.dtype)
+        if found is None and self.serving.laying:
+            raise Late("the edge node does not answer in time.")
+        if found is not None and not self.serving.laying:
+            self.serving.cache.used_elsewhere([chunk.ways[at].blobs for at in sent.positions])
+        yield from found or ()
 
-    def _computed(self, positions: Sequence[int], chunk: Chunk, ahead: Sequence[Group]) -> Iterator[tuple[int, Tensor]]:
-        """Outputs of those uses of a chunk, computed here."""
-        x, uses, ways = chunk
-        for found, blobs in self.serving.cache.serve([ways[at].blobs for at in positions], ahead):
+    def _computed(
+        self, positions: Sequence[int], chunk: Chunk, ahead: Sequence[Group], until: Callable[[], bool] | None
+    ) -> Iterator[Ran]:
+        """What those uses of a chunk come to, computed here."""
+        for found, blobs in self.serving.cache.serve([chunk.ways[at].blobs for at in positions], ahead, until):
             at = positions[found]
-            yield at, self._maths.run(ways[at].form, blobs, x[uses[at].tokens])
+            use, x = chunk.uses[at], chunk.x
+            y = self._maths.run(chunk.ways[at].form, blobs, x[use.tokens])
+            yield Ran([at], use.tokens, (y * chunk.gates(use)[:, None]).to(x.dtype))
 
-    def _send(self, x: Tensor, uses: Sequence[Use], ways: Sequence[Way]) -> Sent | None:
-        """Let an edge node run what misses, as far as that is sooner done than reading it."""
-        serving = self.serving
-        if serving.remote is None or self._maths.plain is None or not self._sends:
-            return None
-        resident = serving.cache.residents([way.blobs for way in ways])
-        wanted = [
-            Wanted(at, use.expert, way.form, way.blobs, tuple(use.tokens.tolist()))
-            for at, (use, way) in enumerate(zip(uses, ways, strict=True))
-            if not resident[at]
-        ]
-        return serving.remote.send(self._index, self._maths.plain, wanted, x) if wanted else None
+    def _send(self, remote: RemoteTier, chunk: Chunk, left: Collection[int]) -> Sent | None:
+        """Let an edge node run what misses of `left`, as far as that is sooner done than reading it."""
+        uses, ways = chunk.uses, chunk.ways
+        resident = self.serving.cache.residents([way.blobs for way in ways])
+        missing = [(at, uses[at], ways[at]) for at in sorted(left) if not resident[at]]
+        wanted = [Wanted(at, use.expert, way.form, way.blobs, use.tokens, chunk.gates(use)) for at, use, way in missing]
+        assert self._maths.plain is not None
+        return remote.send(self._index, self._maths.plain, wanted, chunk.x) if wanted else None
 
     def _can_send(self, tokens: int, uses: int) -> bool:
-        """Whether an edge node may run experts of such a chunk: with as many tokens as the kernel takes here, whose
+        """Whether edge nodes may run experts of such a chunk: with as many tokens as the kernel takes here, whose
         numbers are the same there, and more where a floor that loses more is all that there will be."""
         serving = self.serving
-        if serving.remote is None or not serving.remote.ready:
+        if serving.remote is None or self._maths.plain is None:
             return False
         return tokens <= KERNEL_TOKENS or (serving.laying and uses <= MAX_USES)
+
+    def _runs_elsewhere(self) -> bool:
+        """Whether an edge node would run experts of this chunk now."""
+        return self._sends and self.serving.remote is not None and self.serving.remote.ready()
 
     def _uses(self, index: Tensor, weight: Tensor) -> Iterator[Use]:
         """The experts that a chunk uses, ascending; rows in the order in which eager transformers takes them."""
@@ -271,8 +298,8 @@ class ServedLayer:
         floor = plan.floor if (decode or serving.early) and self._takes_floor(use, hit, decode=decode) else None
         if floor is not None:
             coarse = there[1] if there is not None else serving.way(self._index, use.expert, floor)
-            if serving.laying and self._sends and not serving.cache.resident(coarse.blobs):
-                floor = None  # a node is sooner
+            if serving.laying and self._runs_elsewhere() and not serving.cache.resident(coarse.blobs):
+                floor = None
             else:
                 serving.cache.prefetch([way.blobs])
                 way = coarse
@@ -340,12 +367,12 @@ def floats(x: Tensor) -> Floats:
     return found
 
 
-def _add(out: Tensor, tokens: Tensor, y: Tensor) -> None:
-    """Add `y` (T, H) to the rows `tokens` of `out`. One row alone is added without torch's parallel scatter.
+def _add(out: Tensor, ran: Ran) -> None:
+    """Add what uses come to. One row alone is added without torch's parallel scatter.
 
     A token may use an expert twice (DeepSeek-V4's table of experts by token).
     """
-    if len(out) == len(y) == 1:
-        out += y
-    else:
-        out.index_add_(0, tokens, y)
+    if len(out) == len(ran.rows) == 1:
+        out += ran.y
+    elif len(ran.rows):
+        out.index_add_(0, ran.rows, ran.y)

@@ -56,7 +56,7 @@ from comoe.units import format_size, parse_budget, parse_share, parse_size
 if TYPE_CHECKING:
     from comoe.net.nodes import EdgeNodes
 
-LINK_PATIENCE_S = 60.0
+LINK_GONE_S = 60.0
 """So long an answer waits for a link that is gone, where no floor may be taken."""
 
 LINK_THREADS = 4
@@ -170,8 +170,7 @@ class Loader:
         self._refuse_below(beside + least, memory)
         planner = timed(planner, warm)
         plan = self._plan(planner, memory - beside)
-        promise = Promise(memory, beside, unseen)
-        model = self._serve(model, plan, memory - beside, promise, warm.earlier_peak, foresight)
+        model = self._serve(model, plan, memory - beside, Promise(memory, beside, unseen), warm.earlier_peak, foresight)
         return self._followed(model, planner)
 
     def within_experts(self, budget: int) -> Any:
@@ -315,23 +314,24 @@ class Loader:
         same = self.options.max_loss == 0 or self.pin is not None or self.options.log
         right = known_answer(self.pack, math.plain, exact=same)
         links = open_links(self.options.edges, nodes.there, self.pack, right, perf_counter)
-        tier = RemoteTier(links, lambda: nodes.serving, self.pack.manifest, self._read_s, perf_counter)
+        tier = RemoteTier(links, lambda: nodes.serving, self.pack, self._read_s, perf_counter)
+        nodes.runs = lambda: tier.runs
         return on_failure.enter_context(closing(tier))
 
     def _read_s(self, blob: BlobId) -> float:
-        """What reading a blob takes: as long as others of its tier did, or as its link is known to."""
-        expected_s = self._source.expected_s(blob)
-        if expected_s is not None:
+        """What reading a blob takes: as long as others of its tier did, and as its link lets it now."""
+        expected_s = self._source.expected_s(blob) or 0.0
+        if self.pack.tier(blob) == "flash" and expected_s:
             return expected_s
         rate_bps, trip_s = self.pack.link_now()
-        return trip_s + self.pack.nbytes(blob) / max(rate_bps, 1.0)
+        return max(expected_s, trip_s + self.pack.nbytes(blob) / max(rate_bps, 1.0))
 
     def _lay(self, serving: Serving, floor: str) -> Laying | None:
-        """Hold a floor: now, or while the model runs where an edge node runs what has none yet, and nothing else is
-        asked of outputs than a bound."""
+        """Hold a floor: now, or while the model runs where edge nodes run what has none yet, and nothing else is asked
+        of outputs than a bound."""
         ways = [serving.way(*expert, floor) for expert in self.most_used]
         blobs = list(dict.fromkeys(blob for way in ways for blob in way.blobs))
-        if serving.steps and serving.remote is not None and serving.remote.ready:
+        if serving.steps and serving.remote is not None:
             return Laying(serving, blobs).start()
         self.pack.bring(blobs)
         serving.cache.hold(blobs)
@@ -361,7 +361,7 @@ class Loader:
             prefetcher = self._prefetcher(foresight or {}) if streams else None
             serving = Serving(manifest, cache, plan, ledger, prefetcher=prefetcher, early=self.pack.remote)
             serving.steps = tuple(rung.name for rung in rungs)
-            serving.patience_s = LINK_PATIENCE_S if self.pack.remote else 0.0
+            serving.patience_s = LINK_GONE_S if self.pack.remote else 0.0
             if nodes is not None:
                 nodes.hot = partial(hot_experts, serving)
                 serving.remote = self._remote(on_failure, nodes, maths[0])

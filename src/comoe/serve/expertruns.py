@@ -67,9 +67,9 @@ class ExpertRuns:
         self._fetched.update(groups)
 
     def run(self, key: Key, requests: Sequence[RunRequest]) -> list[Floats]:
-        """The outputs (U, H) of each of `requests`, which were checked. Raises PackError for a broken blob."""
+        """The outputs (U, H), or (N, H), of each of `requests`, which were checked. PackError for a broken blob."""
         served = self._shelf.packs[key.pack]
-        outputs = [np.zeros((len(request.uses), request.x.shape[1]), np.float32) for request in requests]
+        outputs = [np.zeros(request.shape, np.float32) for request in requests]
         places = _places(requests)
         groups = [self._group(served, key.layer, expert, form) for expert, form in places]
         wanted = list(places.items())
@@ -95,7 +95,8 @@ class ExpertRuns:
             x = np.stack([requests[at].x[requests[at].uses.row[use]] for at, use in some])
             y = self._maths(key).run(form, blobs, x)
             for (at, use), row in zip(some, y, strict=True):
-                outputs[at][use] = row * requests[at].uses.gate[use]
+                uses = requests[at].uses
+                outputs[at][uses.row[use] if requests[at].summed else use] += row * uses.gate[use]
 
     def _group(self, served: Served, layer: int, expert: int, form: int) -> tuple[BlobId, ...]:
         manifest = served.pack.manifest

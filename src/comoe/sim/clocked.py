@@ -4,7 +4,7 @@ With `sim.replay`, which needs no model, it shares the clock: what that foretell
 may still choose otherwise. Nats and milliseconds come from one run, whatever else the machine does.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from comoe.memory.arena import Buffer
 from comoe.memory.cache import BlobCache
@@ -35,10 +35,12 @@ class ClockedCache(BlobCache):
         """Compute for so long; reads that end meanwhile have ended, and the next have begun."""
         self._reader.advance(seconds)
 
-    def serve(self, groups: Sequence[Group], ahead: Sequence[Group] = ()) -> Iterator[tuple[int, tuple[Buffer, ...]]]:
+    def serve(
+        self, groups: Sequence[Group], ahead: Sequence[Group] = (), until: Callable[[], bool] | None = None
+    ) -> Iterator[tuple[int, tuple[Buffer, ...]]]:
         if ahead:
             self.advance(self._times.ahead_s)
-        for position, blobs in super().serve(groups, ahead):
+        for position, blobs in super().serve(groups, ahead, until):
             self.advance(self._times.use_s)
             yield position, blobs
 
@@ -47,10 +49,10 @@ class ClockedCache(BlobCache):
         self._reader.begin()
         return tickets
 
-    def _next_ready(self, tickets: dict[int, Ticket]) -> tuple[int, Ticket]:
-        while (position := first_ready(tickets)) is None:
+    def _next_ready(self, tickets: dict[int, Ticket], until: Callable[[], bool] | None) -> int | None:
+        while (position := first_ready(tickets)) is None and not (until is not None and until()):
             self._reader.end()
-        return position, tickets[position]
+        return position
 
     def _release(self, tickets: Iterable[Ticket]) -> None:
         super()._release(tickets)
