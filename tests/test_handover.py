@@ -111,6 +111,12 @@ def test_a_stalled_node_is_left_and_avoided_longer_each_time() -> None:
     assert kinds(run(machine, alluring, 2, 6.1)) == ["announced", "handover"]
     machine.tick(stalled, 10.0)
     assert run(machine, alluring, 2 * RULE.barred_s - 0.2, 10.1) == []
+    run(machine, alluring, 10, 13.0)
+    assert machine.serving == "a"
+    later_s = 10.0 + 2 * RULE.barred_s + RULE.most_barred_s + 1.0
+    machine.tick(stalled, later_s)
+    run(machine, alluring, RULE.barred_s + RULE.trigger_s + 0.5, later_s + 0.1)
+    assert machine.serving == "a"  # it was long ago
 
 
 def test_a_stalled_node_without_another_leaves_no_link_until_it_may_be_tried_again() -> None:

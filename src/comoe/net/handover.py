@@ -39,8 +39,8 @@ class Rule:
 
     A candidate must be expected to take less than `1 - hysteresis` of what the serving node takes, for `trigger_s`.
     Silence of `lost_s` is a lost link; an open request without a byte for `stalled_s`, though probes are answered, is a
-    stalled node, which is avoided for `barred_s`, twice as long each time up to `most_barred_s`. A link is back once it
-    was there for `back_s`.
+    stalled node, which is avoided for `barred_s`, twice as long each time up to `most_barred_s`, after which it is
+    forgotten. A link is back once it was there for `back_s`.
     """
 
     hysteresis: float = 0.3
@@ -48,7 +48,7 @@ class Rule:
     lost_s: float = 1.0
     stalled_s: float = 1.0
     back_s: float = 0.5
-    barred_s: float = 5.0
+    barred_s: float = 1.0
     most_barred_s: float = 60.0
 
 
@@ -143,8 +143,9 @@ class Handover:
         node = self.serving
         assert node is not None
         if reason == "stalled":
-            last_s = self._barred.get(node, (0.0, self.rule.barred_s / 2))[1]
-            barred_s = min(2 * last_s, self.rule.most_barred_s)
+            until_s, last_s = self._barred.get(node, (-inf, 0.0))
+            again = now_s - until_s < self.rule.most_barred_s
+            barred_s = min(2 * last_s, self.rule.most_barred_s) if again else self.rule.barred_s
             self._barred[node] = (now_s + barred_s, barred_s)
         self.serving, self._before, self._candidate = None, node, None
         return Event(reason, now_s, node)

@@ -1,6 +1,7 @@
 """How fast bytes come over a link while requests are open, one or several at once. Pure: the clock is an argument.
 
-Time in which nothing was asked for does not count, nor do round trips in which nothing else could come.
+Time in which nothing was asked for does not count, nor do round trips in which nothing else could come, nor what a node
+takes to find what it was asked for.
 """
 
 from dataclasses import dataclass, field
@@ -11,12 +12,16 @@ from comoe.net.links import Link
 SAMPLE_S = 0.05
 """Bytes and time are told to the link in pieces of at least so long."""
 
+SERVER_S = 1.0
+"""So long, a node may look for what it was asked for, be it at an origin of its own; what takes longer is stalled."""
+
 
 @dataclass(slots=True)
 class Meter:
     """What the open requests of one link have had; `link` is told.
 
-    `_open` has when each began, `_due` when its first byte came or may come at the earliest.
+    `_open` has when each began, `_due` when its first byte came or may come at the earliest. Of a lone request, time
+    counts from its first bytes on; these are `_first`, and counted only where no others come.
     """
 
     link: Link
@@ -24,6 +29,7 @@ class Meter:
     _due: dict[int, float] = field(default_factory=dict)
     _next: int = 0
     _nbytes: int = 0
+    _first: int = 0
     _counted_s: float = 0.0
     _heard_s: float = -inf
 
@@ -34,22 +40,28 @@ class Meter:
 
     def begin(self, now_s: float) -> int:
         """A request was sent; the answer names it from now on."""
+        due_s = now_s + (self.link.rtt_s or 0.0) + SERVER_S
         if not self._open:
-            self._nbytes, self._counted_s = 0, now_s + (self.link.rtt_s or 0.0)
+            self._nbytes, self._first, self._counted_s = 0, 0, due_s
         self._next += 1
-        self._open[self._next] = now_s
-        self._due[self._next] = now_s + (self.link.rtt_s or 0.0)
+        self._open[self._next], self._due[self._next] = now_s, due_s
         return self._next
 
     def came(self, request: int, nbytes: int, now_s: float) -> None:
         """So many bytes more of a request have come."""
         self._heard_s = now_s
         self._due[request] = min(self._due[request], now_s)
-        self._nbytes += nbytes
+        if now_s < self._counted_s:
+            self._first, self._counted_s = nbytes, now_s
+        else:
+            self._first, self._nbytes = 0, self._nbytes + nbytes
         self.flush(now_s)
 
     def end(self, request: int, now_s: float, *, failed: bool = False) -> None:
         """A request has all of its bytes, or broke."""
+        if self._first:
+            self._nbytes, self._counted_s = self._first, self._open[request] + (self.link.rtt_s or 0.0)
+            self._first = 0
         self._flush(now_s, 0.0)
         del self._open[request], self._due[request]
         self._counted_s = max(self._counted_s, min(self._due.values(), default=now_s))
