@@ -2,6 +2,8 @@
 
 from pathlib import Path
 from time import perf_counter
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from webs import serving
@@ -45,6 +47,26 @@ def test_a_read_that_is_cut_goes_on_where_it_broke(folder: Path) -> None:
         assert len(DATA) <= web.sent <= len(DATA) + 3 * origin.CHUNK_BYTES
         starts = [int(span.split("=")[1].split("-")[0]) for _, span in web.asked if span]
         assert starts == sorted(starts) and len(starts) == 4
+
+
+def test_a_slow_link_is_measured_by_less(published: Path) -> None:
+    """By what comes in half a second."""
+    with serving(published) as web:
+        file = max(published.glob("*.safetensors"), key=lambda path: path.stat().st_size)
+        part = SimpleNamespace(file=file.name)
+        manifest = SimpleNamespace(layers=[SimpleNamespace(parts={"exact": part})])
+        of, came = Origin(web.url, Access(link=(1.5 * origin.CHUNK_BYTES, 0.0))), []
+        stream = of.stream
+
+        def counted(*words: Any) -> Any:
+            for chunk in stream(*words):
+                came.append(len(chunk))
+                yield chunk
+
+        of.stream = counted
+        rate_bps, trip_s = of.measured(manifest)
+        assert 0 < rate_bps < 10 * origin.CHUNK_BYTES and trip_s >= 0
+        assert sum(came) < min(file.stat().st_size, origin.MEASURED_BYTES)
 
 
 def test_a_busy_server_is_asked_again(folder: Path) -> None:
