@@ -12,7 +12,8 @@ from webs import serving
 
 from comoe.memory.cache import BlobCache
 from comoe.net.address import Access
-from comoe.runtime.laying import Laying
+from comoe.runtime.edgetier import Link
+from comoe.runtime.laying import LONGEST_REST_S, Laying
 from comoe.runtime.load import load
 from comoe.types import BlobId, CorruptBlob, RemoteUnavailable
 
@@ -57,6 +58,39 @@ def test_an_answer_begins_before_the_floor_is_there_and_takes_it_once_it_is(
             assert all(handle.cache.residents([(blob,) for blob in held]))
 
 
+def test_where_a_node_is_late_the_floor_is_read_and_nothing_is_waited_for(
+    published: Path, tmp_path: Path, gate: Event
+) -> None:
+    with serving(published) as web, running(published) as edge:
+        model = loaded(web.url, edge.url, tmp_path)
+        with model.comoe as handle:
+            remote = handle._serving.remote
+            remote._read_s = lambda blob: 1.0
+            remote.outputs = lambda sent, dtype: sent.link.failed(remote._clock())
+            model.generate(IDS, max_new_tokens=1, do_sample=False)
+            stats = handle.stats()
+            assert stats["edge_runs"] == 0 and stats["hit_rate"] < 1
+            assert handle._serving.counts.link_failures > 0 and handle._serving.counts.link_wait_s == 0
+            gate.set()
+
+
+def test_a_session_begins_though_no_node_answers_in_time(published: Path, tmp_path: Path) -> None:
+    """It is asked again meanwhile, and used once it does."""
+    with serving(published) as web, running(published) as edge:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Link, "measure", unanswered)
+            model = loaded(web.url, edge.url, tmp_path)
+        with model.comoe as handle:
+            remote = handle._serving.remote
+            assert not remote.ready()
+            remote._links[edge.url].rests_until_s = 0.0
+            until(remote.ready)
+
+
+def unanswered(link: Link, clock: object) -> None:
+    raise RemoteUnavailable("no answer")
+
+
 def test_without_a_node_that_runs_experts_the_floor_is_waited_for(published: Path, tmp_path: Path) -> None:
     with serving(published) as web:
         access = Access(tmp_path / "cache", 0)
@@ -91,3 +125,21 @@ def test_it_goes_on_once_there_is_a_link_and_says_what_it_cannot_go_on_from(publ
         failing.append(CorruptBlob("damaged"))
         Laying(serving_, blobs).start().join()
         assert isinstance(serving_.broken, CorruptBlob)
+
+
+def test_a_floor_that_takes_long_leaves_the_link_to_others_until_a_read_is_quick_again(
+    published: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load(published, expert_memory="500%", prefetch="off")
+    with model.comoe as handle:
+        now_s, took_s, rests = [0.0], [1.0, 0.5, 0.5, 0.01, 0.5, 0.01], []
+
+        def hold(blobs: Sequence[BlobId]) -> None:
+            now_s[0] += took_s.pop(0) if took_s else 0.01
+
+        handle._serving.cache.hold = hold
+        monkeypatch.setattr("comoe.runtime.laying.monotonic", lambda: now_s[0])
+        laying = Laying(handle._serving, handle.pack.blob_ids()[:50])
+        laying._stop.wait = lambda seconds: rests.append(seconds)
+        laying.start().join()
+        assert rests == [LONGEST_REST_S, 1.5, 1.5] and not handle._serving.laying

@@ -1,19 +1,19 @@
 """A floor that comes while the model runs already: until an expert's is there, an edge node runs that expert."""
 
 import threading
+from collections import deque
 from collections.abc import Sequence
 from time import monotonic
 
 from comoe.runtime.layer import AGAIN_S, Serving
 from comoe.types import BlobId, DoesNotFit, RemoteUnavailable
 
-AT_ONCE = 2
-"""Blobs that are asked for together: exchanges with the node share the link with them, and what a token waits for comes
-after them."""
-
-
-SOON_S, REST = 10.0, 3.0
+SOON_S, REST = 20.0, 3.0
 """A floor that takes longer comes at a quarter of the link: after each read it rests so many times as long."""
+
+LONGEST_REST_S, RECENT = 2.0, 2
+"""No rest is longer: the link may be another one by then. The quicker of so many reads counts: one that waited for a
+link that was gone for a moment says nothing about the floor."""
 
 
 class Laying:
@@ -43,22 +43,23 @@ class Laying:
 
     def _run(self) -> None:
         try:
-            for at in range(0, len(self._blobs), AT_ONCE):
+            recent: deque[float] = deque(maxlen=RECENT)
+            for at, blob in enumerate(self._blobs):
                 start_s = monotonic()
-                while not self._stop.is_set() and not self._held(self._blobs[at : at + AT_ONCE]):
+                while not self._stop.is_set() and not self._held(blob):
                     self._stop.wait(AGAIN_S)
                     start_s = monotonic()  # what it waited for was no link
-                took_s = monotonic() - start_s
-                if took_s * (len(self._blobs) - at) / AT_ONCE > SOON_S:
-                    self._stop.wait(REST * took_s)
+                recent.append(monotonic() - start_s)
+                if min(recent) * (len(self._blobs) - at) > SOON_S:
+                    self._stop.wait(min(REST * min(recent), LONGEST_REST_S))
             self._serving.laying = self._stop.is_set()
         except Exception as error:
             if not self._stop.is_set():
                 self._serving.broken = error
 
-    def _held(self, blobs: Sequence[BlobId]) -> bool:
+    def _held(self, blob: BlobId) -> bool:
         try:
-            self._serving.cache.hold(blobs)
+            self._serving.cache.hold([blob])
         except (RemoteUnavailable, DoesNotFit):
             return False
         return True
