@@ -40,6 +40,9 @@ from comoe.testbed.site import Site, Trip
 JOINT, STATIC, FETCH, REMOTE = "joint", "static", "fetch", "remote"
 POLICIES = (JOINT, STATIC, FETCH, REMOTE)
 TOKENS = 480
+SMALL_PACKETS = 576
+"""Bytes, the least that every host must take: a slowed-down wire is not slowed down by its packets alone."""
+
 FREE_BPS = 1e9
 """The wire before a window begins."""
 
@@ -98,7 +101,7 @@ class Traveller:
     def __enter__(self) -> "Traveller":
         with ExitStack() as stack:
             folder = Path(stack.enter_context(TemporaryDirectory()))
-            self._node = stack.enter_context(Site([Trip(RTT_S)], Trip())).edges[0]
+            self._node = stack.enter_context(Site([Trip(RTT_S)], Trip(), SMALL_PACKETS)).edges[0]
             serve(self._node, self._pack, folder, self._env)
             self._stack = stack.pop_all()
         return self

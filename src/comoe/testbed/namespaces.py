@@ -69,10 +69,11 @@ class Host:
 class Wire:
     """A wire between two hosts, with an address and an interface at either end: `near` and `far`. It goes with them.
 
-    Single packets pass, not the bundles of up to 64 KiB that the kernel makes of them, which no slow wire has room for.
+    Single packets pass, of `mtu` bytes at most, not the bundles of up to 64 KiB that the kernel makes of them, which no
+    slow wire has room for.
     """
 
-    def __init__(self, near: Host, far: Host) -> None:
+    def __init__(self, near: Host, far: Host, mtu: int = 1500) -> None:
         number = next(NUMBERS)
         self.near_host, self.far_host = near, far
         self.near_interface, self.far_interface = f"cn{number}", f"cf{number}"
@@ -82,7 +83,7 @@ class Wire:
         tool("ip", "link", "add", self.near_interface, "netns", near.name, "type", "veth", *peer)
         for host, interface, address in ends:
             host.tool("ip", "addr", "add", f"{address}/24", "dev", interface)
-            host.tool("ip", "link", "set", interface, "gso_max_segs", "1", "up")
+            host.tool("ip", "link", "set", interface, "mtu", str(mtu), "gso_max_segs", "1", "up")
 
 
 def tool(*words: str) -> str:

@@ -99,10 +99,11 @@ class Node:
 
 class Site:
     """A device, as many edge nodes as there are `edges`, and an `origin`; OSError where it cannot be: see
-    `namespaces.missing`. Leaving the context ends everything that runs."""
+    `namespaces.missing`. Wires of the device carry packets of `mtu` bytes. Leaving the context ends everything that
+    runs."""
 
-    def __init__(self, edges: Sequence[Trip], origin: Trip) -> None:
-        self._paths = [*edges, origin]
+    def __init__(self, edges: Sequence[Trip], origin: Trip, mtu: int = 1500) -> None:
+        self._paths, self._mtu = [*edges, origin], mtu
         self._stack = ExitStack()
 
     def __enter__(self) -> "Site":
@@ -111,7 +112,8 @@ class Site:
             names = [*(f"edge{at}" for at in range(len(self._paths) - 1)), "origin"]
             hosts = [stack.enter_context(Host(name)) for name in names]
             nodes = [
-                Node(self, host, Wire(self.device, host), path) for host, path in zip(hosts, self._paths, strict=True)
+                Node(self, host, Wire(self.device, host, self._mtu), path)
+                for host, path in zip(hosts, self._paths, strict=True)
             ]
             self.edges, self.origin = nodes[:-1], nodes[-1]
             self.backhaul = [Wire(edge.host, self.origin.host) for edge in self.edges]
