@@ -7,7 +7,8 @@ is likely, by the window's geometric mean, over how likely the exact model finds
 floor.
 
 The node is 27 ms away. A token goes through the small model's layers, not the large one's, so that misses that run
-elsewhere take fewer round trips than in virtual time. Packs must be self-contained. Needs root, and the extra
+elsewhere take fewer round trips than in virtual time; but what is sent there is slowed down as experts are, though it
+is not as much smaller. Packs must be self-contained. Needs root, and the extra
 comoe[edge]. Rows are kept in --rows. Raw results lie beside it, in network_live.json.
 """
 
