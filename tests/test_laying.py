@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 from threading import Event
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -138,8 +139,15 @@ def test_a_floor_that_takes_long_leaves_the_link_to_others_until_a_read_is_quick
             now_s[0] += took_s.pop(0) if took_s else 0.01
 
         handle._serving.cache.hold = hold
+        handle._serving.remote = SimpleNamespace(runs=True, close=lambda: None)
         monkeypatch.setattr("comoe.runtime.laying.monotonic", lambda: now_s[0])
         laying = Laying(handle._serving, handle.pack.blob_ids()[:50])
         laying._stop.wait = lambda seconds: rests.append(seconds)
         laying.start().join()
         assert rests == [LONGEST_REST_S, 1.5, 1.5] and not handle._serving.laying
+        rests.clear()
+        took_s[:] = [1.0] * 50
+        handle._serving.remote.runs = False
+        Laying(handle._serving, handle.pack.blob_ids()[:50]).start().join()
+        assert not rests and len(took_s) == 50 - 7  # eight at a time
+        handle._serving.remote = None

@@ -1,11 +1,14 @@
 """How fast bytes come while requests are open."""
 
+from math import inf
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from comoe.net.links import Link
 from comoe.net.meter import SERVER_S, Meter
+from comoe.net.nodes import PIECE_S
 
 
 def test_time_without_requests_does_not_count() -> None:
@@ -48,7 +51,7 @@ def test_a_request_that_gets_nothing_waits_and_slows_the_link() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(0, 10_000), st.floats(0.001, 2)), min_size=1))
-def test_no_byte_is_counted_twice_and_none_is_lost(pieces: list[tuple[int, float]]) -> None:
+def test_no_byte_is_counted_twice_and_none_but_the_first_are_lost(pieces: list[tuple[int, float]]) -> None:
     told: list[tuple[int, float]] = []
 
     class Told(Link):
@@ -63,7 +66,7 @@ def test_no_byte_is_counted_twice_and_none_is_lost(pieces: list[tuple[int, float
     now_s += 0.001
     meter.end(request, now_s)
     first, first_s = pieces[0]
-    alone = len(pieces) == 1 and first > 0
+    alone = len(pieces) == 1
     quick = first_s < SERVER_S
     begins = quick and not alone
     assert sum(nbytes for nbytes, _ in told) == sum(nbytes for nbytes, _ in pieces) - (first if begins else 0)
@@ -105,3 +108,42 @@ def test_a_request_that_is_overdue_counts() -> None:
     meter.flush(5.0)
     assert meter.link.rate_bps < before / 2
     meter.end(second, 5.0, failed=True)
+
+
+@pytest.mark.parametrize("bps", [20_000, 125_000, 2_500_000])
+@pytest.mark.parametrize("looks_s", [0.0, 0.04, 0.2])
+def test_pieces_that_are_as_large_as_the_rate_says_do_not_make_it_smaller(bps: float, looks_s: float) -> None:
+    """Each comes in eight parts, once its node has found it."""
+    meter, now_s = Meter(Link(rtt_s=0.05)), 0.0
+    request = meter.begin(now_s)
+    for _ in range(100):
+        now_s += 0.05
+        meter.came(request, int(0.05 * bps), now_s)
+    meter.end(request, now_s)
+    for _ in range(100):
+        piece = int(PIECE_S * meter.link.rate_bps)
+        request, now_s = meter.begin(now_s), now_s + 0.05 + looks_s
+        for _ in range(8):
+            now_s += piece / 8 / bps
+            meter.came(request, piece // 8, now_s)
+        meter.end(request, now_s)
+    assert meter.link.rate_bps == pytest.approx(bps, rel=0.1)
+
+
+def test_what_comes_at_once_shows_at_most_that_a_link_is_quicker() -> None:
+    meter, now_s = Meter(Link(rtt_s=0.05)), 0.0
+    for took_s, bps in ((0.15, 10_000), (0.45, 10_000), (0.06, 20_000)):
+        for _ in range(200):
+            request, now_s = meter.begin(now_s), now_s + took_s
+            meter.came(request, 1000, now_s)
+            meter.end(request, now_s)
+        assert meter.link.rate_bps >= bps * 0.99
+    assert meter.link.rate_bps > 20_000
+
+
+def test_first_bytes_are_those_of_their_request() -> None:
+    meter = Meter(Link(rtt_s=0.0))
+    one, other = meter.begin(0.0), meter.begin(0.9)
+    meter.came(one, 16_000, 0.9)
+    meter.end(other, 0.95, failed=True)
+    assert meter.link.rated_s == -inf or meter.link.rate_bps == 0

@@ -20,6 +20,7 @@ from comoe.net.wire import (
     decode_request,
     encode_answer,
     encode_request,
+    fits,
     to_wire,
 )
 from comoe.types import HostileMessage
@@ -39,6 +40,21 @@ def test_a_request_arrives_as_it_was_sent(request_: RunRequest) -> None:
     for name in ("expert", "row", "gate", "form"):
         assert same_bits(getattr(found.uses, name), getattr(request_.uses, name))
     assert same_bits(found.x, request_.x)
+
+
+def test_of_a_summed_request_the_answer_counts_by_rows() -> None:
+    """128 uses of 4,096 numbers, of 16 rows: an answer by use would be more than a message may have."""
+    uses = Uses(*(np.zeros(128, kind) for kind in (np.uint16, np.uint16, np.float32, np.uint8)))
+    x = np.zeros((16, 4096), np.float32)
+    by_use = RunRequest(b"12345678", 0, "bfloat16", "silu", True, uses, x)
+    assert not fits(by_use)
+    with pytest.raises(HostileMessage):
+        encode_request(by_use)
+    summed = replace(by_use, summed=True)
+    assert fits(summed) and decode_request(encode_request(summed)).summed
+    data = encode_request(summed)
+    with pytest.raises(HostileMessage):
+        decode_request(data[:7] + b"\x01" + data[8:])  # gated alone
 
 
 @given(requests(), st.floats(0, 1000))

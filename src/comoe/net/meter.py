@@ -21,7 +21,8 @@ class Meter:
     """What the open requests of one link have had; `link` is told.
 
     `_open` has when each began, `_due` when its first byte came or may come at the earliest. Of a lone request, time
-    counts from its first bytes on; these are `_first`, and counted only where no others come.
+    counts from its first bytes on. These are `_first`, with their request; where no others come, they count only if
+    they show a quicker link, since what else took time is not known.
     """
 
     link: Link
@@ -29,7 +30,7 @@ class Meter:
     _due: dict[int, float] = field(default_factory=dict)
     _next: int = 0
     _nbytes: int = 0
-    _first: int = 0
+    _first: tuple[int, int] = (0, 0)
     _counted_s: float = 0.0
     _heard_s: float = -inf
 
@@ -42,7 +43,7 @@ class Meter:
         """A request was sent; the answer names it from now on."""
         due_s = now_s + (self.link.rtt_s or 0.0) + SERVER_S
         if not self._open:
-            self._nbytes, self._first, self._counted_s = 0, 0, due_s
+            self._nbytes, self._first, self._counted_s = 0, (0, 0), due_s
         self._next += 1
         self._open[self._next], self._due[self._next] = now_s, due_s
         return self._next
@@ -52,16 +53,16 @@ class Meter:
         self._heard_s = now_s
         self._due[request] = min(self._due[request], now_s)
         if now_s < self._counted_s:
-            self._first, self._counted_s = nbytes, now_s
+            self._first, self._counted_s = (request, nbytes), now_s
         else:
-            self._first, self._nbytes = 0, self._nbytes + nbytes
+            self._first, self._nbytes = (0, 0), self._nbytes + nbytes
         self.flush(now_s)
 
     def end(self, request: int, now_s: float, *, failed: bool = False) -> None:
         """A request has all of its bytes, or broke."""
-        if self._first:
-            self._nbytes, self._counted_s = self._first, self._open[request] + (self.link.rtt_s or 0.0)
-            self._first = 0
+        if self._first[0] == request:
+            self._alone(self._first[1], now_s - self._open[request] - (self.link.rtt_s or 0.0), now_s)
+            self._first, self._counted_s = (0, 0), now_s
         self._flush(now_s, 0.0)
         del self._open[request], self._due[request]
         self._counted_s = max(self._counted_s, min(self._due.values(), default=now_s))
@@ -69,6 +70,12 @@ class Meter:
             self.link.failed()
         else:
             self.link.succeeded(now_s)
+
+    def _alone(self, nbytes: int, seconds: float, now_s: float) -> None:
+        """A request brought so much at once."""
+        quicker = seconds > 0 and nbytes / seconds > self.link.rate_bps
+        if quicker or self.link.rated_s == -inf:
+            self.link.transferred(nbytes, seconds, now_s)
 
     def flush(self, now_s: float) -> None:
         """Tell the link what came since it was last told, be it nothing."""

@@ -20,9 +20,10 @@ from comoe.net.remote_run import HotExpert, Node, RemoteRun
 from comoe.net.roaming import Roaming
 from comoe.types import ComoeError, PackError, RemoteUnavailable
 
-PIECE_S, SEARCHING_S, LEAST_PIECE = 0.05, 0.25, 2048
+PIECE_S, SEARCHING_S, LEAST_PIECE = 0.05, 0.1, 2048
 """While a node runs experts, too, what is read comes in pieces of so many seconds of the link, one at a time: an answer
-waits for one of them at most. In larger ones while none serves, so that probes come through. In bytes at least."""
+waits for one of them, or for what was asked for before. In larger ones, several at a time, while none serves, so that
+probes come through. In bytes at least."""
 
 PROBE_S = 1.0
 """How long a node may take to say that it is there."""
@@ -120,17 +121,18 @@ class EdgeNodes:
         return None if serving is None else self.links()[serving]
 
     @contextmanager
-    def sharing(self, rate_bps: float) -> Iterator[int | None]:
-        """How many bytes to ask for now at such a rate, so that the link is not full; None for all of them.
+    def sharing(self, rate_bps: Callable[[], float]) -> Iterator[int | None]:
+        """How many bytes to ask for now, so that a link of such a rate is not full; None for all of them.
 
-        Others that share it wait meanwhile.
+        While experts run elsewhere, others that share the link wait meanwhile: ask the node and nobody else.
         """
-        searching = self.serving is None
-        if not searching and not self.runs():
+        if self.serving is None:
+            yield max(LEAST_PIECE, int(rate_bps() * SEARCHING_S))
+        elif self.runs():
+            with self._turn:
+                yield max(LEAST_PIECE, int(rate_bps() * PIECE_S))
+        else:
             yield None
-            return
-        with self._turn:
-            yield max(LEAST_PIECE, int(rate_bps * (SEARCHING_S if searching else PIECE_S)))
 
     def fetch(self, name: str, start: int, into: memoryview) -> int:
         """Fill `into` from byte `start` of the file `name`; how many bytes came before no node was left to ask.

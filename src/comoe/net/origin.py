@@ -32,7 +32,9 @@ BACKOFF_S = 0.2
 BUSY = "429 Too Many Requests"
 """What a node says that is busy, which is no failure of its."""
 
-CHUNK_BYTES = 16 * 1024
+CHUNK_BYTES, LEAST_CHUNK = 16 * 1024, 1024
+"""A range is taken in pieces of so many bytes at least, an eighth of it: what comes after the first tells the rate."""
+
 HEAD_BYTES = 32 * 1024
 MEASURED_BYTES, MEASURED_S = 256 * 1024, 0.5
 """A link is measured by so many bytes, or by as many as come in so long: a slow one has better to do."""
@@ -121,7 +123,8 @@ class Origin:
                 came += len(chunk)
                 if monotonic() - start_s > MEASURED_S:
                     break
-        return came / max(monotonic() - start_s - trip_s, 1e-4), trip_s
+        took_s = monotonic() - start_s
+        return came / max(took_s - trip_s, took_s / 4, 1e-4), trip_s
 
     def download(self, name: str, to: Path) -> None:
         """A whole file, to a path that appears when it is complete. What came before a kill is not asked for again."""
@@ -150,7 +153,7 @@ class Origin:
                 end = whole if end is None else min(end, whole)
                 if size is not None:
                     size[0] = whole
-                for chunk in result.stream(min_chunk_size=CHUNK_BYTES):
+                for chunk in result.stream(min_chunk_size=min(CHUNK_BYTES, max(LEAST_CHUNK, (end - at) // 8))):
                     view = memoryview(chunk).cast("B")
                     at, attempts = at + len(view), 0
                     self._breaker.succeeded()

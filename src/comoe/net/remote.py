@@ -114,10 +114,10 @@ class RemotePack(Pack):
             return self._origin.tier
         at, came, part = 0, 0, into
         while at < len(into):
-            with self.nodes.sharing(self.link_now()[0]) as most:
+            with self.nodes.sharing(lambda: self.link_now()[0]) as most:
                 part = into[at : len(into) if most is None else at + most]
                 came = self.nodes.fetch(name, start + at, part)
-                self._origin.fetch(name, start + at + came, part[came:])
+            self._origin.fetch(name, start + at + came, part[came:])
             at += len(part)
         return "edge" if came == len(part) else self._origin.tier
 

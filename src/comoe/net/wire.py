@@ -88,12 +88,21 @@ class RunAnswer:
 def encode_request(request: RunRequest) -> bytes:
     """The bytes of a request. Raises HostileMessage where a node would refuse it."""
     uses, (rows, width) = request.uses, request.x.shape
-    _check_sizes(rows, len(uses), width, request.dtype)
+    _check_sizes(rows, len(uses), width, request.dtype, summed=request.summed)
     flags = GATED * request.gated + SUMMED * request.summed
     codes = (DTYPES.index(request.dtype), ACTS.index(request.activation), flags)
     head = REQUEST_HEAD.pack(REQUEST_MAGIC, VERSION, *codes, request.identity, request.layer, rows, len(uses), width)
     arrays = [uses.expert.astype("<u2"), uses.row.astype("<u2"), uses.gate.astype("<f4"), uses.form.astype("u1")]
     return b"".join([head, *(array.tobytes() for array in arrays), to_wire(request.x, request.dtype)])
+
+
+def fits(request: RunRequest) -> bool:
+    """Whether a node would take a request of such sizes."""
+    try:
+        _check_sizes(len(request.x), len(request.uses), request.x.shape[1], request.dtype, summed=request.summed)
+    except HostileMessage:
+        return False
+    return True
 
 
 def decode_request(data: bytes) -> RunRequest:
@@ -105,7 +114,7 @@ def decode_request(data: bytes) -> RunRequest:
     if act >= len(ACTS) or flags > GATED + SUMMED:
         raise HostileMessage("a request to run experts names an activation, or a flag, that there is not.")
     dtype = DTYPES[code]
-    _check_sizes(rows, num, width, dtype)
+    _check_sizes(rows, num, width, dtype, summed=bool(flags & SUMMED))
     at = REQUEST_HEAD.size
     _check_length(data, at + USE_BYTES * num + rows * width * DTYPE_BYTES[dtype])
     expert = np.frombuffer(data, "<u2", num, at).astype(np.uint16)
@@ -171,9 +180,9 @@ def _check_head(magic: bool, version: int, dtype: int) -> None:
         raise HostileMessage("a message has a dtype that there is not.")
 
 
-def _check_sizes(rows: int, uses: int, width: int, dtype: str) -> None:
+def _check_sizes(rows: int, uses: int, width: int, dtype: str, *, summed: bool = False) -> None:
     """What is asked and what is answered, both bounded."""
-    nbytes = REQUEST_HEAD.size + USE_BYTES * uses + max(rows, uses) * width * DTYPE_BYTES[dtype]
+    nbytes = REQUEST_HEAD.size + USE_BYTES * uses + (rows if summed else max(rows, uses)) * width * DTYPE_BYTES[dtype]
     if not (0 < uses <= MAX_USES and 0 < rows <= uses and 0 < width < 1 << 16 and nbytes <= MAX_BYTES):
         raise HostileMessage(
             f"{uses} uses of {rows} rows of {width} numbers are none, or more than a message may hold."

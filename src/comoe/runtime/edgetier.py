@@ -21,7 +21,7 @@ from torch import Tensor
 
 from comoe.forms.plain import Floats, PlainMath
 from comoe.net.remote_run import Node, RemoteRun, Timed, manifest_hash
-from comoe.net.wire import MAX_USES, RunRequest, Uses
+from comoe.net.wire import RunRequest, Uses, fits
 from comoe.plan.missrule import num_away
 from comoe.store.pack import Pack
 from comoe.types import BlobId, ComoeError, ExpertId, RemoteUnavailable
@@ -82,7 +82,8 @@ class Known(NamedTuple):
 class Link:
     """A node, and what exchanges with it take: `exchange_s` beside the `run_s` of each use. `thread` talks to it.
 
-    It runs nothing before it was `measured`, and so found right.
+    It runs nothing before it was `measured`, and so found right, nor while it is not `well`: after a failure it must
+    answer the known question. What `failures` in a row cost in rest only an answer of experts makes good.
     """
 
     remote: RemoteRun
@@ -91,6 +92,7 @@ class Link:
     exchange_s: float = 0.0
     run_s: float = 0.0
     measured: bool = False
+    well: bool = False
     failures: int = 0
     rests_until_s: float = -inf
     heard_s: float = -inf
@@ -102,7 +104,7 @@ class Link:
         self.heard(now_s)
 
     def heard(self, now_s: float) -> None:
-        self.failures, self.heard_s = 0, now_s
+        self.well, self.heard_s = True, now_s
 
     def ask(self) -> Timed:
         """Ask the known question. Raises RemoteUnavailable where the answer is wrong."""
@@ -144,7 +146,7 @@ class Link:
     def failed(self, now_s: float) -> None:
         self.rests_until_s = now_s + min(LONGEST_REST_S, REST_S * 2**self.failures)
         self.failures += 1
-        self.heard_s = -inf
+        self.well, self.heard_s = False, -inf
 
     def met(self) -> None:
         """The node serves from now on: it is asked the known question at once."""
@@ -212,7 +214,7 @@ class RemoteTier:
 
     @property
     def runs(self) -> bool:
-        """Whether a node was asked to run experts lately."""
+        """Whether a node was asked to run experts lately, or is asked whether it is back."""
         return self._clock() - self._sent_s < REFRESH_S
 
     @property
@@ -220,7 +222,7 @@ class RemoteTier:
         """Seconds that a layer takes whose misses the node runs; inf while none serves that is known to be right."""
         url = self._serving()
         link = self._links[url] if url is not None else None
-        return link.exchange_s + link.run_s if link is not None and link.measured and not link.failures else inf
+        return link.exchange_s + link.run_s if link is not None and link.measured and link.well else inf
 
     def send(self, layer: int, plain: PlainMath, wanted: Sequence[Wanted], x: Tensor) -> Sent | None:
         """Let the node run those of `wanted` that are sooner there so than read; None where none are."""
@@ -235,7 +237,7 @@ class RemoteTier:
         slowest = timed[len(timed) - away :]
         some = tuple(use for _, use in slowest)
         request, rows = self._request(link, layer, plain, some, x)
-        if len(request.uses) > MAX_USES:
+        if not fits(request):
             return None
         self._sent_s = now_s
         expected_s = link.exchange_s + len(request.uses) * link.run_s
@@ -254,6 +256,7 @@ class RemoteTier:
             return None
         rows = [len(use.rows) for use in sent.wanted]
         sent.link.learn(timed, sum(rows), self._clock())
+        sent.link.failures = 0
         self.counts.uses += len(rows)
         self.counts.nbytes += timed.nbytes
         found = torch.from_numpy(timed.answer.y).to(dtype)
@@ -279,9 +282,11 @@ class RemoteTier:
         if link is None or now_s < link.rests_until_s:
             return None
         if now_s - link.heard_s > REFRESH_S:
-            link.heard_s = self._sent_s = now_s
+            link.heard_s = now_s
+            if not link.well:
+                self._sent_s = now_s
             link.thread.submit(link.again, self._clock)
-        return link if link.measured and not link.failures else None
+        return link if link.measured and link.well else None
 
     def _request(
         self, link: Link, layer: int, plain: PlainMath, wanted: Sequence[Wanted], x: Tensor

@@ -232,9 +232,13 @@ class ServedLayer:
             until = remote.ready if remote is not None and self._sends and not remote.ready() else None
             sent = self._send(remote, chunk, left) if remote is not None and self._sends else None
             here = left.difference(sent.positions if sent is not None else ())
-            for ran in chain(self._computed(sorted(here), chunk, ahead, until), self._answered(sent, chunk)):
-                left.difference_update(ran.positions)
-                yield ran
+            try:
+                for ran in chain(self._computed(sorted(here), chunk, ahead, until), self._answered(sent, chunk)):
+                    left.difference_update(ran.positions)
+                    yield ran
+            finally:
+                if sent is not None:
+                    sent.exchange.cancel()  # if it never began: what was read beside it could not be
 
     def _answered(self, sent: Sent | None, chunk: Chunk) -> Iterator[Ran]:
         """What the node makes of what was sent; nothing where it fails. Raises Late: a coarse form is sooner there."""

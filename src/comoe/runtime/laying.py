@@ -11,6 +11,9 @@ from comoe.types import BlobId, DoesNotFit, RemoteUnavailable
 SOON_S, REST = 20.0, 3.0
 """A floor that takes longer comes at a quarter of the link: after each read it rests so many times as long."""
 
+AT_ONCE = 8
+"""Blobs that are asked for together while nothing runs elsewhere."""
+
 LONGEST_REST_S, RECENT = 2.0, 2
 """No rest is longer: the link may be another one by then. The quicker of so many reads counts: one that waited for a
 link that was gone for a moment says nothing about the floor."""
@@ -44,22 +47,30 @@ class Laying:
     def _run(self) -> None:
         try:
             recent: deque[float] = deque(maxlen=RECENT)
-            for at, blob in enumerate(self._blobs):
+            at = 0
+            while at < len(self._blobs):
+                few = self._blobs[at : at + (1 if self._shares else AT_ONCE)]
                 start_s = monotonic()
-                while not self._stop.is_set() and not self._held(blob):
+                while not self._stop.is_set() and not self._held(few):
                     self._stop.wait(AGAIN_S)
                     start_s = monotonic()  # what it waited for was no link
-                recent.append(monotonic() - start_s)
-                if min(recent) * (len(self._blobs) - at) > SOON_S:
+                at += len(few)
+                recent.append((monotonic() - start_s) / len(few))
+                if self._shares and min(recent) * (len(self._blobs) - at) > SOON_S:
                     self._stop.wait(min(REST * min(recent), LONGEST_REST_S))
             self._serving.laying = self._stop.is_set()
         except Exception as error:
             if not self._stop.is_set():
                 self._serving.broken = error
 
-    def _held(self, blob: BlobId) -> bool:
+    @property
+    def _shares(self) -> bool:
+        """Whether experts run elsewhere, too."""
+        return self._serving.remote is not None and self._serving.remote.runs
+
+    def _held(self, blobs: Sequence[BlobId]) -> bool:
         try:
-            self._serving.cache.hold([blob])
+            self._serving.cache.hold(blobs)
         except (RemoteUnavailable, DoesNotFit):
             return False
         return True
