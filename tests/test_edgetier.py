@@ -213,13 +213,15 @@ def test_a_node_that_failed_once_rests_is_asked_how_it_is_and_runs_again(packed:
 
 
 def test_what_is_waited_for_runs_on_the_node_once_it_is_back(packed: Path) -> None:
+    with served(packed, read_s=0.0) as model, torch.inference_mode():
+        logits = model(PROMPT[:, :1] + 1).logits
     with running(packed) as edge, served(packed, edge, read_s=0.3) as model, torch.inference_mode():
         remote = model.comoe._serving.remote
         link = remote._links[edge.url]
         model(PROMPT[:, :1])
         before = model.comoe.stats()
         link.rests_until_s = perf_counter() + 0.1  # less than the first read takes
-        model(PROMPT[:, :1] + 1)
+        assert torch.equal(model(PROMPT[:, :1] + 1).logits, logits)
         after = model.comoe.stats()
         assert after["edge_runs"] > before["edge_runs"]
         assert after["edge_failures"] == 0
