@@ -57,10 +57,12 @@ def test_an_error_that_nobody_reads_keeps_its_code() -> None:
 
 def test_ctrl_c_is_said_in_a_sentence(packed: Path, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "prompt")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run in the background
     process = spawn("run", packed, "--prompt-file", tmp_path / "prompt")
     with (tmp_path / "prompt").open("w"):  # waits until the command opens it, and so do we
         process.send_signal(signal.SIGINT)
         out, err = process.communicate()
+    signal.signal(signal.SIGINT, before)
     assert (process.returncode, out) == (INTERRUPTED, "")
     assert err.splitlines()[-1] == "comoe: interrupted."
     assert "Traceback" not in err
