@@ -24,6 +24,8 @@ Frozen values only: no I/O, no torch, nothing that can fail at import. Layout of
     ├── DoesNotFit                 exit 3   carries the smallest budget that would
     ├── VerificationFailed         exit 4
     └── RemoteUnavailable          exit 5
+        ├── Otherwise                       a node computes otherwise
+        └── Late                            a node did not answer in time
 """
 
 from collections.abc import Callable
@@ -128,6 +130,14 @@ class RemoteUnavailable(ComoeError):
     """No node that holds the bytes answers."""
 
     exit_code = 5
+
+
+class Otherwise(RemoteUnavailable):
+    """An edge node computes experts otherwise than this device."""
+
+
+class Late(RemoteUnavailable):
+    """An edge node did not answer in time, and the floor of what it was to run is still to come."""
 
 
 Progress = Callable[[str, float], None]

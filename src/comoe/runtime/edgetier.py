@@ -24,7 +24,7 @@ from comoe.net.remote_run import Node, RemoteRun, Timed, manifest_hash
 from comoe.net.wire import RunRequest, Uses, fits
 from comoe.plan.missrule import num_away
 from comoe.store.pack import Pack
-from comoe.types import BlobId, ComoeError, ExpertId, RemoteUnavailable
+from comoe.types import BlobId, ComoeError, ExpertId, Otherwise, RemoteUnavailable
 
 PROBES, PROBING_S = 5, 0.5
 """So many exchanges, or those that end in so long, tell what one takes."""
@@ -47,10 +47,6 @@ CLOSE = 1e-3
 """Of the largest output: how far a node's numbers may be from the device's where outputs may lose something."""
 
 LOG = logging.getLogger("comoe")
-
-
-class Otherwise(RemoteUnavailable):
-    """A node computes otherwise than this device."""
 
 
 class Wanted(NamedTuple):

@@ -26,7 +26,7 @@ from comoe.plan.planner import Plan
 from comoe.runtime.edgetier import Ran, RemoteTier, Sent, Wanted
 from comoe.runtime.experts import KERNEL_TOKENS, SiteMath
 from comoe.store.manifest import Manifest
-from comoe.types import BlobId, ExpertId, RemoteUnavailable
+from comoe.types import BlobId, ExpertId, Late, RemoteUnavailable
 
 LOG = logging.getLogger("comoe")
 
@@ -35,10 +35,6 @@ AGAIN_S = 0.25
 
 DECODE_TOKENS = 1
 """A pass of more tokens is prefill, which never takes the floor: coarse keys and values would stay behind."""
-
-
-class Late(RemoteUnavailable):
-    """An edge node did not answer in time, and the floor of what it was to run is still to come."""
 
 
 class Use(NamedTuple):
