@@ -51,6 +51,13 @@ def roaming(
     return pack, nodes
 
 
+def edged(stack: ExitStack, published: Path, tmp_path: Path) -> tuple[Web, Web, RemotePack, EdgeNodes]:
+    """An origin, a node near it, and the pack read from both."""
+    origin = stack.enter_context(serving(published))
+    edge = stack.enter_context(near(published, tmp_path, "edge"))
+    return origin, edge, *roaming(stack, origin, published, tmp_path, edge)
+
+
 def source_of(pack: RemotePack) -> str:
     blob = pack.blob_ids()[0]
     return pack.read(blob, memoryview(bytearray(pack.nbytes(blob) + 8192)))
@@ -76,15 +83,13 @@ def test_while_the_node_runs_experts_bytes_come_in_pieces_one_at_a_time(
     stack: ExitStack, published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("comoe.net.nodes.PIECE_S", 0.0)
-    local = Pack(published)
-    origin = stack.enter_context(serving(published))
-    edge = stack.enter_context(near(published, tmp_path, "edge"))
-    pack, nodes = roaming(stack, origin, published, tmp_path, edge)
+    _, edge, pack, nodes = edged(stack, published, tmp_path)
     blob = max(pack.blob_ids(), key=pack.nbytes)
+    right = Pack(published).read_bytes(blob)
     for runs, pieces in ((False, 1), (True, -(-pack.nbytes(blob) // LEAST_PIECE))):
         nodes.runs = lambda runs=runs: runs
         edge.asked.clear()
-        assert read(pack, blob) == local.read_bytes(blob)
+        assert read(pack, blob) == right
         assert len([path for path, _ in edge.asked if "packs" in path]) == pieces
     assert pieces > 1
     with nodes._turn, ThreadPoolExecutor(1) as pool:
@@ -94,7 +99,7 @@ def test_while_the_node_runs_experts_bytes_come_in_pieces_one_at_a_time(
             reading.result(0.2)
         assert not [path for path, _ in edge.asked if "packs" in path]
         nodes._turn.release()
-        assert reading.result(10) == local.read_bytes(blob)
+        assert reading.result(10) == right
         nodes._turn.acquire()
 
 
@@ -102,23 +107,19 @@ def test_while_no_node_serves_the_origin_leaves_room_for_probes(
     stack: ExitStack, published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("comoe.net.nodes.SEARCHING_S", 0.0)
-    local = Pack(published)
-    origin = stack.enter_context(serving(published))
-    edge = stack.enter_context(near(published, tmp_path, "edge"))
-    pack, nodes = roaming(stack, origin, published, tmp_path, edge)
+    origin, edge, pack, nodes = edged(stack, published, tmp_path)
     blob = max(pack.blob_ids(), key=pack.nbytes)
+    right = Pack(published).read_bytes(blob)
     edge.leave_after = 0
     until(lambda: nodes.serving is None)
     pack.link_now()
     origin.asked.clear()
-    assert read(pack, blob) == local.read_bytes(blob)
+    assert read(pack, blob) == right
     assert len(origin.asked) == -(-pack.nbytes(blob) // LEAST_PIECE) > 1
 
 
 def test_a_range_that_breaks_goes_on_at_the_origin(stack: ExitStack, published: Path, tmp_path: Path) -> None:
-    origin = stack.enter_context(serving(published))
-    edge = stack.enter_context(near(published, tmp_path, "edge"))
-    pack, _ = roaming(stack, origin, published, tmp_path, edge)
+    origin, edge, pack, _ = edged(stack, published, tmp_path)
     edge.cut, origin.asked = 1, []
     assert source_of(pack) == "origin"
     assert len(origin.asked) == 1
@@ -126,9 +127,7 @@ def test_a_range_that_breaks_goes_on_at_the_origin(stack: ExitStack, published: 
 
 
 def test_a_node_that_sends_other_bytes_changes_nothing(stack: ExitStack, published: Path, tmp_path: Path) -> None:
-    origin = stack.enter_context(serving(published))
-    edge = stack.enter_context(near(published, tmp_path, "edge"))
-    pack, _ = roaming(stack, origin, published, tmp_path, edge)
+    origin, edge, pack, _ = edged(stack, published, tmp_path)
     for file in {part.file for layer in pack.manifest.layers for part in layer.parts.values()}:
         path = edge.folder / "packs" / "tiny" / str(file)
         path.write_bytes(bytes(len(path.read_bytes())))

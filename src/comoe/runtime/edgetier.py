@@ -78,8 +78,8 @@ class Known(NamedTuple):
 class Link:
     """A node, and what exchanges with it take: `exchange_s` beside the `run_s` of each use. `thread` talks to it.
 
-    It runs nothing before it was `measured`, and so found right, nor while it is not `well`: after a failure it must
-    answer the known question. What `failures` in a row cost in rest only an answer of experts makes good.
+    It runs nothing while it is not `well`: before it was `measured`, and so found right, and after a failure until it
+    has answered the known question. What `failures` in a row cost in rest only an answer of experts makes good.
     """
 
     remote: RemoteRun
@@ -218,7 +218,7 @@ class RemoteTier:
         """Seconds that a layer takes whose misses the node runs; inf while none serves that is known to be right."""
         url = self._serving()
         link = self._links[url] if url is not None else None
-        return link.exchange_s + link.run_s if link is not None and link.measured and link.well else inf
+        return link.exchange_s + link.run_s if link is not None and link.well else inf
 
     def send(self, layer: int, plain: PlainMath, wanted: Sequence[Wanted], x: Tensor) -> Sent | None:
         """Let the node run those of `wanted` that are sooner there so than read; None where none are."""
@@ -282,7 +282,7 @@ class RemoteTier:
             if not link.well:
                 self._sent_s = now_s
             link.thread.submit(link.again, self._clock)
-        return link if link.measured and link.well else None
+        return link if link.well else None
 
     def _request(
         self, link: Link, layer: int, plain: PlainMath, wanted: Sequence[Wanted], x: Tensor
