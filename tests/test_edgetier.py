@@ -203,9 +203,13 @@ def test_a_node_that_failed_once_rests_is_asked_how_it_is_and_runs_again(packed:
             assert tier.ready() and run(tier) is not None
             node.answers = False
             assert run(tier) is None and not tier.ready()
-            node.answers, asked = True, node.asked
-            assert run(tier) is None and node.asked == asked  # it rests
             now_s += 1.5
+            assert not tier.ready()  # it has rested, but does not answer
+            until(lambda: link.failures == 2)
+            node.answers, asked = True, node.asked
+            now_s += 1.5
+            assert run(tier) is None and node.asked == asked  # it rests, twice as long
+            now_s += 1.0
             tier.ready()  # asks it
             until(lambda: node.asked > asked)
             until(tier.ready)
