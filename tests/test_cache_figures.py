@@ -47,6 +47,20 @@ def test_the_page_has_a_line_for_every_row() -> None:
     assert "| 50% | lfu | 30.0% | 30.0% | 75.0% | 30.0% |" in shown
 
 
+def known(model: str, tokens: int, rate: float) -> dict[str, Any]:
+    return {**row(model, "", rate), "kind": "known", "tokens": tokens}
+
+
+def test_what_knowing_the_next_tokens_is_worth_is_the_least_of_all_cells() -> None:
+    rows = [*ROWS, *(known("a", tokens, rate) for tokens, rate in ((1, 0.3), (8, 0.38))), known("b", 1, 0.4)]
+    found = figures(rows)
+    assert found["belady_share_known"] == pytest.approx({"1": 0.5, "8": 0.95})
+    assert (found["belady_share"], found["best_policy"]) == (pytest.approx(0.75), "lfu")
+    settings = {"comoe": "0", "decode_tokens_per_domain": 8, "domains": ["x"]}
+    shown = page({"settings": settings, "models": {"a": ""}, **found})
+    assert "| memory | 1 | 8 |" in shown and "| 50% | 75.0% | 95.0% |" in shown
+
+
 def ahead(prefetch: str, ratio: float, ms: float, rate: float) -> dict[str, Any]:
     name = {"kind": "ahead", "model": "a", "share": 0.5, "ratio": ratio, "prefetch": prefetch, "fits": True}
     times = {

@@ -53,7 +53,7 @@ def test_the_target_rises_with_the_rate_and_one_step_changes_it_at_most_once(web
     with model.comoe as handle:
         following, steps = halted(model), handle._serving.steps
         assert len(steps) > 1 and handle.plan.floor not in steps
-        handle.cache.prefetch([], instead=True)
+        handle.cache.aim([], [])
         found = []
         for at, rate_bps in enumerate((1.0, 1.0, 1e12, 1e12)):
             before = following.switches
@@ -95,11 +95,12 @@ def test_what_is_read_comes_in_the_order_of_its_worth_and_no_more_than_fits(web:
     model = loaded(web, tmp_path)
     with model.comoe as handle:
         following, hints = halted(model), []
-        handle.cache.prefetch = lambda groups, instead=False: hints.append((groups, instead))
+        handle.cache.aim = lambda groups, stay: hints.append((groups, stay))
         following.step(10.0)
-        (groups, instead), target = hints.pop(), handle.plan.target
+        (groups, stay), target = hints.pop(), handle.plan.target
         ways = {way.blobs for way in every_way(handle._serving, target)}
-        assert instead and groups and set(groups) <= ways
+        assert groups and set(groups) <= ways
+        assert {blob for group in groups for blob in group} <= set(stay) <= {blob for way in ways for blob in way}
         room = handle.plan.floor_bytes + handle.pack.nbytes(groups[0][0]) // 2
         handle.cache._residency.capacity = room
         following.step(20.0)
@@ -143,3 +144,19 @@ def test_what_depends_on_no_link_follows_none(web: Web, tmp_path: Path, options:
 def test_a_pack_that_is_here_follows_no_link(published: Path) -> None:
     with load(published, expert_memory="500%", max_loss="500%").comoe as handle:
         assert handle.following is None
+
+
+def test_where_not_all_of_a_step_fits_what_was_read_of_it_stays(web: Web, tmp_path: Path) -> None:
+    """Memory is full of what was used in coarser forms, which a policy that counts uses would rather keep."""
+    model = loaded(web, tmp_path, expert_memory="70%")
+    with model.comoe as handle:
+        following, residency = halted(model), handle.cache._residency
+        found = []
+        for at, rate_bps in enumerate((1.0, 1.0, *[1e12] * 6)):
+            following._link = lambda rate_bps=rate_bps: LinkNow(rate_bps, 0.01, NEVER)
+            following.step(10.0 * at)
+            until(lambda: not residency._hints and not residency._num_loading)
+            if rate_bps == 1.0:
+                model.generate(IDS, max_new_tokens=8, do_sample=False)
+            found.append(handle.cache.stats.tally.prefetched)
+        assert len(set(found[3:])) == 1

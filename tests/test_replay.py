@@ -271,6 +271,17 @@ class TestBelady(PolicyContract):
                 policy.touched(blob(row)) if chunk else policy.inserted(blob(row), PAGE)
         assert [name.row for name in policy.victims()] == [3, 1, 2, 0]
 
+    @pytest.mark.parametrize(("passes", "order"), [(0, [2, 3, 0, 1]), (1, [2, 3, 1, 0]), (2, [3, 1, 2, 0])])
+    def test_what_is_not_seen_of_the_future_goes_first_least_used_first(self, passes: int, order: list[int]) -> None:
+        policy = Belady(of_chunks([0, 1, 2, 3], [1, 0], [0], [2], [1]), alone, passes)
+        policy.begin(0)
+        for row in (0, 1, 2, 3):
+            policy.inserted(blob(row), PAGE)
+        policy.begin(1)
+        for row in (0, 1):
+            policy.touched(blob(row))
+        assert [name.row for name in policy.victims()] == order
+
 
 def least_reads(wanted: list[frozenset[BlobId]], room: int) -> int:
     """The fewest reads of anybody who has room for so many blobs: by trying everything."""
@@ -308,6 +319,9 @@ def test_nobody_reads_less_than_belady(
     assert reads(belady(trace, group_of, room * PAGE)) == least_reads(wanted, room)
     for make in POLICIES.values():
         assert reads(Cell(room * PAGE, make())) >= least_reads(wanted, room)
+    for passes in (0, 2):
+        assert reads(belady(trace, group_of, room * PAGE, passes)) >= least_reads(wanted, room)
+    assert reads(belady(trace, group_of, room * PAGE, len(chunks))) == least_reads(wanted, room)
 
 
 @pytest.mark.parametrize("name", POLICIES)

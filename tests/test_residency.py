@@ -84,6 +84,10 @@ class ResidencyMachine(RuleBasedStateMachine):
     def foresee(self, wanted: list[tuple[BlobId, ...]]) -> None:
         self.core.foresee(wanted)
 
+    @rule(wanted=groups)
+    def aim(self, wanted: tuple[BlobId, ...]) -> None:
+        self.core.aim(wanted)
+
     @rule()
     def begin(self) -> None:
         might = self.core.may_start
@@ -274,6 +278,23 @@ def test_what_is_foreseen_leaves_last_and_not_for_what_else_is_read_ahead() -> N
     core.demand(group(6))
     load_all(core)
     assert core.resident(group(6)) and not core.resident(group(0))
+
+
+def test_what_is_aimed_at_does_not_push_itself_out_and_leaves_last_for_a_demand() -> None:
+    """0 is used; 3 and 6 are read ahead of any use, which LFU would let go first."""
+    core = Residency(3, size_of, LFU())
+    ticket = core.demand(group(0))
+    load_all(core)
+    core.release(ticket)
+    core.aim(group(3, 6, 9))
+    core.prefetch(group(3, 6, 9))
+    assert load_all(core) == [blob(3), blob(6), blob(9)]
+    core.prefetch(group(0))
+    assert load_all(core) == [] and core.resident(group(3, 6, 9))
+    core.aim(group(6, 9))
+    core.demand(group(0))
+    load_all(core)
+    assert core.resident(group(0, 6, 9)) and not core.resident(group(3))
 
 
 def test_a_blob_that_is_being_prefetched_is_not_read_twice_when_demanded() -> None:

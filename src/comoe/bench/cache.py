@@ -10,7 +10,7 @@ from functools import cached_property, partial
 from pathlib import Path
 
 from comoe.bench.ahead import Live, live, replayed
-from comoe.bench.cache_figures import AHEAD, BELADY, LIVE, POLICY, RECALL, figures, page
+from comoe.bench.cache_figures import AHEAD, BELADY, KNOWN, LIVE, POLICY, RECALL, figures, page
 from comoe.bench.document import Document, checkpoints, published, settings, workplace
 from comoe.bench.material import Material, read_material
 from comoe.bench.recall import recalled
@@ -36,6 +36,9 @@ SHARES = (0.08, 0.16, 0.24, 0.4)
 
 RATIOS = (0.25, 1.0, 4.0)
 """What reading an expert takes, over what a layer takes."""
+
+KNOWN_TOKENS = (1, 2, 4, 8, 16, 32)
+"""So many tokens to come are known beforehand, which nobody does: how much foresight a share of the optimum takes."""
 
 FORM = "exact"
 PREFETCH_POLICY = "lfu"
@@ -80,6 +83,9 @@ def _jobs(subject: "Traced", conditions: Document) -> Iterator[Job]:
         for policy in (*POLICIES, BELADY):
             cell = {"kind": POLICY, **named, "share": share, "policy": policy}
             yield Job(cell, depends, partial(policy_row, subject, share, policy))
+        for tokens in KNOWN_TOKENS:
+            cell = {"kind": KNOWN, **named, "share": share, "tokens": tokens}
+            yield Job(cell, depends, partial(known_row, subject, share, tokens))
     for share in SHARES:
         for ratio in RATIOS:
             for prefetch in PREFETCHES:
@@ -132,9 +138,19 @@ class Traced(Subject):
 
 def policy_row(subject: Traced, share: float, policy: str) -> Row:
     """A policy in `share` of the experts' bytes; rates of all passes, and of decoding alone."""
-    pack, trace, capacity = subject.packed, subject.trace, subject.capacity(share)
+    capacity = subject.capacity(share)
     known = policy == BELADY
-    cell = belady(trace, subject.group_of, capacity) if known else Cell(capacity, POLICIES[policy]())
+    cell = belady(subject.trace, subject.group_of, capacity) if known else Cell(capacity, POLICIES[policy]())
+    return _hits(subject, cell)
+
+
+def known_row(subject: Traced, share: float, tokens: int) -> Row:
+    """As a policy's: the optimum, as far as the next `tokens` tell it; beyond them LFU's."""
+    return _hits(subject, belady(subject.trace, subject.group_of, subject.capacity(share), tokens))
+
+
+def _hits(subject: Traced, cell: Cell) -> Row:
+    pack, trace, capacity = subject.packed, subject.trace, cell.capacity
     try:
         found = replay(trace, cell, subject.group_of, pack.nbytes)
     except DoesNotFit as error:

@@ -11,7 +11,7 @@ import numpy as np
 from comoe.bench.rows import Row
 from comoe.units import format_size
 
-POLICY, AHEAD, RECALL, LIVE = "policy", "ahead", "recall", "live"
+POLICY, KNOWN, AHEAD, RECALL, LIVE = "policy", "known", "ahead", "recall", "live"
 """Kinds of rows."""
 
 BELADY = "belady"
@@ -22,10 +22,11 @@ _COMPARED = ("decode_ms", "prefill_ms", "whole_ms", "bytes_read")
 
 
 def figures(rows: Sequence[Row]) -> dict[str, Any]:
-    """The document's figures, and its rows; those of policies and of reading ahead with `belady_share`.
+    """The document's figures, and its rows; those of policies, of reading ahead and of known tokens with `belady_share`.
 
     That is byte hits over Belady's in the same cell. `belady_share_by_policy` is each policy's least of all cells;
-    `best_policy` has the highest of these, which is the document's `belady_share`; `belady_share_ahead` has the least
+    `best_policy` has the highest of these, which is the document's `belady_share`; `belady_share_known` has the least
+    of all cells of who knows so many of the next tokens; `belady_share_ahead` has the least
     of all cells with reading ahead, by what a read takes over what a layer takes. `prefetch_vs_off` is the highest
     ratio of times live; `prefetch_vs_off_replayed` the median and the highest of decoding on the virtual clock, and so
     `_prompts`, and `_whole` of both; `wasted_share` the most bytes that reading ahead wasted, of all that were read.
@@ -38,11 +39,16 @@ def figures(rows: Sequence[Row]) -> dict[str, Any]:
     for row in _fitting(shown, POLICY):
         if row["policy"] != BELADY:
             least[row["policy"]] = min(row["belady_share"], least.get(row["policy"], 1.0))
+    known = _fitting(shown, KNOWN)
     winner = max(least, key=least.__getitem__, default=None)
     return {
         "belady_share": least[winner] if winner is not None else None,
         "best_policy": winner,
         "belady_share_by_policy": least,
+        "belady_share_known": {
+            str(tokens): min(row["belady_share"] for row in known if row["tokens"] == tokens)
+            for tokens in sorted({row["tokens"] for row in known})
+        },
         **_ahead(shown),
         "rows": shown,
     }
@@ -86,7 +92,7 @@ def _fitting(rows: Sequence[Row], kind: str) -> list[Row]:
 
 
 def _has_hits(row: Row) -> bool:
-    return row["kind"] in (POLICY, AHEAD) and row["fits"]
+    return row["kind"] in (POLICY, KNOWN, AHEAD) and row["fits"]
 
 
 def _cell(row: Row) -> tuple[str, float]:
@@ -119,6 +125,8 @@ def _of_model(rows: Sequence[Row]) -> Iterator[str]:
     yield "| memory | policy | hits | bytes hit | of Belady's | hits in decoding | read per token |"
     yield "|---|---|---|---|---|---|---|"
     yield from (_policy_line(row) for row in rows if row["kind"] == POLICY)
+    yield "\nBytes hit, of Belady's, by who knows so many of the next tokens' experts, and beyond them has `lfu`:\n"
+    yield from _known_lines(_fitting(rows, KNOWN))
     yield "\nReading ahead under `lfu` over not reading ahead, on the virtual clock; a read takes so many times what a "
     yield "layer takes. Wasted: evicted before any use, of all bytes read.\n"
     yield "| memory | read | reads ahead | bytes hit of Belady's | decoding | prompts | both | bytes read | wasted |"
@@ -140,6 +148,15 @@ def _policy_line(row: Row) -> str:
     rates = (row["hit_rate"], row["byte_hit_rate"], row["belady_share"], row["decode_hit_rate"])
     shown = " | ".join(f"{rate:.1%}" for rate in rates)
     return head + f"| {shown} | {format_size(round(row['decode_bytes_per_token']))} |"
+
+
+def _known_lines(rows: Sequence[Row]) -> Iterator[str]:
+    tokens = list(dict.fromkeys(row["tokens"] for row in rows))
+    yield f"| memory | {' | '.join(map(str, tokens))} |"
+    yield "|---|" + "---|" * len(tokens)
+    for share in dict.fromkeys(row["share"] for row in rows):
+        shares = [f"{row['belady_share']:.1%}" for row in rows if row["share"] == share]
+        yield f"| {share:.0%} | {' | '.join(shares)} |"
 
 
 def _ahead_lines(rows: Sequence[Row]) -> Iterator[str]:

@@ -112,14 +112,19 @@ class BlobCache:
         with self._changed:
             return self._residency.residents()
 
-    def prefetch(self, groups: Sequence[Group], *, instead: bool = False) -> None:
-        """Hint that `groups` will be wanted; read when nothing is demanded. Errors are counted, not raised.
-
-        `instead`: of what was hinted at before and not begun, nothing is read.
-        """
+    def prefetch(self, groups: Sequence[Group]) -> None:
+        """Hint that `groups` will be wanted; read when nothing is demanded. Errors are counted, not raised."""
         with self._changed:
-            if instead:
-                self._residency.forget_hints()
+            for group in groups:
+                self._residency.prefetch(group)
+            self._wake_reader()
+
+    def aim(self, groups: Sequence[Group], stay: Iterable[BlobId]) -> None:
+        """Read towards this: of `groups` what is not there when nothing is demanded, and nothing else that was hinted
+        at. What is to `stay` leaves for what is demanded alone, and last."""
+        with self._changed:
+            self._residency.forget_hints()
+            self._residency.aim(stay)
             for group in groups:
                 self._residency.prefetch(group)
             self._wake_reader()

@@ -92,6 +92,7 @@ class Residency:
         self._active: dict[int, Ticket] = {}
         self._hints: deque[BlobId] = deque(maxlen=MOST_HINTS)
         self._foreseen: dict[BlobId, None] = {}
+        self._aimed: frozenset[BlobId] = frozenset()
         self._starting: deque[BlobId] = deque()
         self._evicting: list[BlobId] = []
         self._num_loading = 0
@@ -188,6 +189,11 @@ class Residency:
         """
         self._foreseen = dict.fromkeys(chain.from_iterable(groups))
 
+    def aim(self, blobs: Iterable[BlobId]) -> None:
+        """What is read towards leaves last but for what is foreseen, and not for what nobody demanded: else what was
+        read ahead, and is not used yet, would leave for what is read next, again and again."""
+        self._aimed = frozenset(blobs)
+
     def next_load(self) -> BlobId | None:
         """The blob to read now, once what `take_evictions` names is gone; None where nothing may start."""
         self._admit()
@@ -253,6 +259,7 @@ class Residency:
         self.capacity = capacity
         self._hints.clear()
         self._foreseen.clear()
+        self._aimed = frozenset()
         self._make_room(0, ())
         self._retract()
         self._make_room(0, ())
@@ -344,7 +351,7 @@ class Residency:
     def _make_room(self, nbytes: int, keep: Sequence[BlobId], *, ahead: bool = False) -> bool:
         """Evict until `nbytes` more fit; False, and nothing evicted for it, where that cannot be.
 
-        What is foreseen leaves last, and not for what is read `ahead`.
+        What is foreseen leaves last, what is aimed at before it, and neither for what is read `ahead`.
         """
         excess = self.used + nbytes - self.capacity
         if excess <= 0:
@@ -363,11 +370,14 @@ class Residency:
         return excess <= 0
 
     def _victims(self, *, ahead: bool) -> Iterator[BlobId]:
-        foreseen = self._foreseen
-        if not foreseen:
-            return self._policy.victims()
-        others = (blob for blob in self._policy.victims() if blob not in foreseen)
-        return others if ahead else chain(others, (blob for blob in self._policy.victims() if blob in foreseen))
+        victims, foreseen, aimed = self._policy.victims, self._foreseen, self._aimed
+        if not foreseen and not aimed:
+            return victims()
+        others = (blob for blob in victims() if blob not in foreseen and blob not in aimed)
+        if ahead:
+            return others
+        late = (blob for blob in victims() if blob in aimed and blob not in foreseen)
+        return chain(others, late, (blob for blob in victims() if blob in foreseen))
 
     def _evict(self, blob: BlobId) -> None:
         entry = self._entries.pop(blob)

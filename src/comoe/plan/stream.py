@@ -213,6 +213,25 @@ class Streaming:
         for expert in self.order(plan.target, resident, wanted).tolist():
             yield needs[expert][needs[expert] >= 0]
 
+    def towards(
+        self, plan: LinkPlan, resident: Flags, use: Array, missed: Flags, held: Flags
+    ) -> tuple[list[Indices], Flags]:
+        """Of `groups` what there is room for, beside blobs (B + 1,) that are `held` and what is there of the plan; and
+        all of the plan (B + 1,) that will be there then."""
+        sizes, stays = self.forms.sizes, np.zeros_like(resident)
+        for rung in (plan.floor, plan.target):
+            if rung is not None:
+                stays[self._by_name[rung].needs] = True
+        stays &= resident
+        room, wanted = self.capacity - int(sizes[stays | held].sum()), list[Indices]()
+        for group in self.groups(plan, resident, use, missed):
+            room -= int(sizes[group[~stays[group]]].sum())
+            if room < 0:
+                break
+            stays[group] = True
+            wanted.append(group)
+        return wanted, stays
+
     def complete(self, rung: str, resident: Flags, use: Array) -> bool:
         """Whether all of a rung is there, or what is better, as far as it is used."""
         return not len(self.order(rung, resident, use))

@@ -103,18 +103,12 @@ class Following(Periodic):
 
     def _read(self, plan: LinkPlan, resident: Flags, use: Array) -> None:
         """Read what is missing in the order of what bytes are worth, as far as there is room beside what stays."""
-        streaming = self._streaming
-        sizes, needs = streaming.forms.sizes, streaming.target(plan).needs
-        stays = np.zeros_like(resident)
-        stays[needs] = True
-        room = streaming.capacity - self._serving.plan.floor_bytes - int(sizes[stays & resident].sum())
-        wanted: list[tuple[BlobId, ...]] = []
-        for group in streaming.groups(plan, resident, use, np.zeros(len(use), np.bool_)):
-            room -= int(sizes[group[~resident[group]]].sum())
-            if room < 0:
-                break
-            wanted.append(tuple(self._blobs[at] for at in group.tolist()))
-        self._serving.cache.prefetch(wanted, instead=True)
+        missed, held = np.zeros(len(use), np.bool_), np.zeros_like(resident)
+        if (floor := self._serving.plan.floor) is not None:
+            held[self._ladder.rung(floor).needs] = True
+        wanted, stays = self._streaming.towards(plan, resident, use, missed, held)
+        groups = [tuple(self._blobs[at] for at in group.tolist()) for group in wanted]
+        self._serving.cache.aim(groups, [self._blobs[at] for at in np.flatnonzero(stays[:-1]).tolist()])
 
     def _resident(self) -> Flags:
         """Which blobs (B + 1,) are in memory; the last stands for none."""

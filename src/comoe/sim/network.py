@@ -286,7 +286,9 @@ class Session:
             self.plan = plan
             self._switches.append(Switch(told.now_s, plan))
         self._use = use
-        groups = self.streaming.groups(self.plan, self._resident, use, self._missed)
+        nothing = np.zeros_like(self._resident)
+        groups, stays = self.streaming.towards(self.plan, self._resident, use, self._missed, nothing)
+        self._residency.aim(self.blobs[at] for at in np.flatnonzero(stays[:-1]).tolist())
         self._residency.foresee([tuple(self.blobs[at] for at in needs.tolist()) for needs in groups])
         self._reader.begin()
 
