@@ -116,6 +116,14 @@ def test_while_no_node_serves_the_origin_leaves_room_for_probes(
     origin.asked.clear()
     assert read(pack, blob) == right
     assert len(origin.asked) == -(-pack.nbytes(blob) // LEAST_PIECE) > 1
+    monkeypatch.setattr("comoe.net.nodes.SEARCHING_S", 0.2)
+    with nodes._searching, ThreadPoolExecutor(1) as pool:  # as long as a piece may take, not as its origin does
+        origin.asked.clear()
+        reading = pool.submit(read, pack, blob)
+        with pytest.raises(TimeoutError):
+            reading.result(0.2)
+        assert not origin.asked
+        assert reading.result(10) == right
 
 
 def test_a_range_that_breaks_goes_on_at_the_origin(stack: ExitStack, published: Path, tmp_path: Path) -> None:

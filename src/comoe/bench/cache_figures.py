@@ -22,14 +22,14 @@ _COMPARED = ("decode_ms", "prefill_ms", "whole_ms", "bytes_read")
 
 
 def figures(rows: Sequence[Row]) -> dict[str, Any]:
-    """The document's figures, and its rows; those of policies, of reading ahead and of known tokens with `belady_share`.
+    """The document's figures, and its rows; those that count hits with `belady_share`.
 
     That is byte hits over Belady's in the same cell. `belady_share_by_policy` is each policy's least of all cells;
     `best_policy` has the highest of these, which is the document's `belady_share`; `belady_share_known` has the least
-    of all cells of who knows so many of the next tokens; `belady_share_ahead` has the least
-    of all cells with reading ahead, by what a read takes over what a layer takes. `prefetch_vs_off` is the highest
-    ratio of times live; `prefetch_vs_off_replayed` the median and the highest of decoding on the virtual clock, and so
-    `_prompts`, and `_whole` of both; `wasted_share` the most bytes that reading ahead wasted, of all that were read.
+    of who knows so many of the next tokens, `belady_share_ahead` with reading ahead, by what a read takes over what a
+    layer takes. `prefetch_vs_off` is the highest ratio of times live; `prefetch_vs_off_replayed` the median and the
+    highest of decoding on the virtual clock, and so `_prompts`, and `_whole` of both; `wasted_share` the most bytes
+    that reading ahead wasted, of all that were read.
     `slot_recall` is the least of all layers by predictor: among as many experts as are used, and among twice as many.
     None where nothing fits.
     """

@@ -20,10 +20,10 @@ from comoe.net.remote_run import HotExpert, Node, RemoteRun
 from comoe.net.roaming import Roaming
 from comoe.types import ComoeError, PackError, RemoteUnavailable
 
-PIECE_S, SEARCHING_S, LEAST_PIECE = 0.05, 0.1, 2048
+PIECE_S, SEARCHING_S, LEAST_PIECE = 0.05, 0.5, 2048
 """While a node runs experts, too, what is read comes in pieces of so many seconds of the link, one at a time: an answer
-waits for one of them, or for what was asked for before. In larger ones, several at a time, while none serves, so that
-probes come through. In bytes at least."""
+waits for one of them, or for what was asked for before. In larger ones while none serves, so that probes, which may
+take twice as long, come through. In bytes at least."""
 
 PROBE_S = 1.0
 """How long a node may take to say that it is there."""
@@ -77,7 +77,7 @@ class EdgeNodes:
         }
         self._files: dict[str, Origin] = {}
         self._teller = ThreadPoolExecutor(1, "comoe-hot")
-        self._turn = Lock()
+        self._turn, self._searching = Lock(), Lock()
         self.announced = Announced()
         self.runs: Callable[[], bool] = lambda: False
         self.hot: Callable[[], Sequence[HotExpert]] = list
@@ -124,10 +124,16 @@ class EdgeNodes:
     def sharing(self, rate_bps: Callable[[], float]) -> Iterator[int | None]:
         """How many bytes to ask for now, so that a link of such a rate is not full; None for all of them.
 
-        While experts run elsewhere, others that share the link wait meanwhile: ask the node and nobody else.
+        While experts run elsewhere, others that share the link wait meanwhile: ask the node and nobody else. So they do
+        while none serves, but not for long: who is asked then may not answer.
         """
         if self.serving is None:
-            yield max(LEAST_PIECE, int(rate_bps() * SEARCHING_S))
+            alone = self._searching.acquire(timeout=2 * SEARCHING_S)
+            try:
+                yield max(LEAST_PIECE, int(rate_bps() * SEARCHING_S))
+            finally:
+                if alone:
+                    self._searching.release()
         elif self.runs():
             with self._turn:
                 yield max(LEAST_PIECE, int(rate_bps() * PIECE_S))
