@@ -1,4 +1,4 @@
-"""The offloading half of docs/analysis.md, from cache.json, bias.json and joint.json."""
+"""The offloading half of docs/analysis.md, from cache.json, predictors.json, bias.json and joint.json."""
 
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -8,14 +8,17 @@ from typing import Any
 from comoe.bench.joint_figures import EXACT, JOINT, LIVE_KIND, NO_BIAS, SEPARABLE, SEPARABLE_BIAS, SHARE
 from comoe.bench.losses import percent
 
+WANTED = 0.92
+"""Of the future's hits, what a policy should have."""
+
 Row = dict[str, Any]
 METHODS = (EXACT, "exact, bias", SEPARABLE, SEPARABLE_BIAS, "joint static", NO_BIAS, JOINT, "clairvoyant")
 
 
-def offloading_lines(cache: Row, bias: Row, joint: Row) -> Iterator[str]:
+def offloading_lines(cache: Row, predictors: Row, bias: Row, joint: Row) -> Iterator[str]:
     """Which policy, predictor and bias help where, and what deciding together with the forms adds."""
     prose: list[str] = []
-    for line in [*_lines(cache, bias, joint), ""]:
+    for line in [*_lines(cache, predictors, bias, joint), ""]:
         if line and line[0] not in "#|":
             prose.append(line)
             continue
@@ -24,7 +27,7 @@ def offloading_lines(cache: Row, bias: Row, joint: Row) -> Iterator[str]:
         yield line
 
 
-def _lines(cache: Row, bias: Row, joint: Row) -> Iterator[str]:
+def _lines(cache: Row, predictors: Row, bias: Row, joint: Row) -> Iterator[str]:
     yield "## Offloading: who leaves, who is read ahead, who is preferred"
     yield ""
     yield "From [cache.json](../benchmarks/cache.json), [bias.json](../benchmarks/bias.json) and"
@@ -35,6 +38,7 @@ def _lines(cache: Row, bias: Row, joint: Row) -> Iterator[str]:
     yield from _policies(cache)
     yield from _ahead(cache)
     yield from _predictors(cache)
+    yield from _foretold(predictors)
     yield from _bias(bias)
     yield from _joint(joint)
 
@@ -52,9 +56,15 @@ def _policies(cache: Row) -> Iterator[str]:
         found = {(row["model"], row["share"]): row["belady_share"] for row in rows if row["policy"] == policy}
         yield f"| {policy} | " + " | ".join(f"{found[cell]:.0%}" for cell in cells) + " |"
     yield ""
+    known = cache["belady_share_known"]
+    enough = min((int(tokens) for tokens, share in known.items() if share >= WANTED), default=None)
     yield "LFU that forgets is best or nearly so in every cell, and the only one that survives a cache smaller than a"
-    yield "token's experts. None comes to 92 % of the future's hits"
-    yield "everywhere: what a text will use is not in what it used."
+    yield f"token's experts. None comes to {WANTED:.0%} of the future's hits everywhere, and what they"
+    yield "lack nobody has: who is told exactly which experts the next tokens will use,"
+    yield "and counts uses beyond, has in his worst cell"
+    yield ", ".join(f"{share:.1%} with {tokens}" for tokens, share in known.items()) + " tokens."
+    if enough is not None:
+        yield f"So {WANTED:.0%} in every cell takes {enough} tokens that nobody has sampled yet."
     yield ""
 
 
@@ -117,6 +127,31 @@ def _predictors(cache: Row) -> Iterator[str]:
     yield ""
     yield "The learned map beats the next layer's own router on this layer's input, and both beat counting. The first"
     yield "layer is told by the token before, which says little."
+    yield ""
+
+
+def _foretold(predictors: Row) -> Iterator[str]:
+    rows, settings = predictors["rows"], predictors["settings"]
+    yield "Could it be foretold better? Predictors that are too slow to be used, on"
+    yield f"{rows[0]['tokens']['fitted']:,} tokens of calibration text or a quarter of them, judged on all tokens of"
+    yield "other text ([predictors.json](../benchmarks/predictors.json)). A network has"
+    yield f"{settings['hidden']} hidden units; all that is known are inputs of all layers before, this layer's experts,"
+    yield "and those of the next layer that the token before used:"
+    yield ""
+    yield "| | " + " | ".join(f"{row['model']}, mean | worst | best" for row in rows) + " |"
+    yield "|---" * (3 * len(rows) + 1) + "|"
+    for name in rows[0]["mean"]:
+        cells = []
+        for row in rows:
+            found = [layer["recall"][name] for layer in row["layers"]]
+            shown = (row["mean"][name], row["least"][name], max(found))
+            cells += [f"{one:.2f} ({two:.2f})" for one, two in shown]
+        yield f"| {name} | {' | '.join(cells)} |"
+    yield ""
+    most = max(layer["recall"][name][0] for row in rows for layer in row["layers"] for name in layer["recall"])
+    yield f"No layer comes to 0.95 with any of them (the best to {most:.2f}), and four times the text"
+    yield "adds little: between"
+    yield "lie an attention and this layer's own experts, which nobody knows before they are computed."
     yield ""
 
 

@@ -37,7 +37,7 @@ TOLD = """\
 
 def main() -> None:
     """Print the page."""
-    names = ("ladder", "healing", "cache", "bias", "joint")
+    names = ("ladder", "healing", "cache", "predictors", "bias", "joint")
     ladder, healing, *offloading = (json.loads((RESULTS / f"{name}.json").read_text("utf-8")) for name in names)
     print("\n".join([*_lines(ladder, healing), "", *offloading_lines(*offloading)]).rstrip())
 

@@ -48,7 +48,7 @@ def test_the_page_has_a_line_for_every_row() -> None:
 
 
 def known(model: str, tokens: int, rate: float) -> dict[str, Any]:
-    return {**row(model, "", rate), "kind": "known", "tokens": tokens}
+    return {**row(model, "", rate), "kind": "known", "known_tokens": tokens}
 
 
 def test_what_knowing_the_next_tokens_is_worth_is_the_least_of_all_cells() -> None:

@@ -150,6 +150,7 @@ FALLS = {"kind": "fall", "model": "m", "mbps": [100.0, 5.0], "at_s": 5.0, "settl
 def test_ratios_are_medians_of_windows() -> None:
     found = figures([window(10, 5, 8, 10), window(9, 9, 9, 10), window(6, 0, 6, 8), FALLS])
     assert found["gain_over_best_static"] == 2.0 and found["share_of_clairvoyant"] == pytest.approx(0.9)
+    assert found["clairvoyant_gain_over_best_static"] == 2.0
     assert found["gain_over_best_joint_static"] == 1.0 and found["gain_over_one_static"] == 1.0
     assert found["least_share_of_clairvoyant"] == 0.75
     assert (found["settles_s"], found["most_switches_per_step"], found["windows"]) == (1.5, 1, 3)

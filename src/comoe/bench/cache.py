@@ -84,7 +84,7 @@ def _jobs(subject: "Traced", conditions: Document) -> Iterator[Job]:
             cell = {"kind": POLICY, **named, "share": share, "policy": policy}
             yield Job(cell, depends, partial(policy_row, subject, share, policy))
         for tokens in KNOWN_TOKENS:
-            cell = {"kind": KNOWN, **named, "share": share, "tokens": tokens}
+            cell = {"kind": KNOWN, **named, "share": share, "known_tokens": tokens}
             yield Job(cell, depends, partial(known_row, subject, share, tokens))
     for share in SHARES:
         for ratio in RATIOS:

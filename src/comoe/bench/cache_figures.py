@@ -46,8 +46,8 @@ def figures(rows: Sequence[Row]) -> dict[str, Any]:
         "best_policy": winner,
         "belady_share_by_policy": least,
         "belady_share_known": {
-            str(tokens): min(row["belady_share"] for row in known if row["tokens"] == tokens)
-            for tokens in sorted({row["tokens"] for row in known})
+            str(tokens): min(row["belady_share"] for row in known if row["known_tokens"] == tokens)
+            for tokens in sorted({row["known_tokens"] for row in known})
         },
         **_ahead(shown),
         "rows": shown,
@@ -151,7 +151,7 @@ def _policy_line(row: Row) -> str:
 
 
 def _known_lines(rows: Sequence[Row]) -> Iterator[str]:
-    tokens = list(dict.fromkeys(row["tokens"] for row in rows))
+    tokens = list(dict.fromkeys(row["known_tokens"] for row in rows))
     yield f"| memory | {' | '.join(map(str, tokens))} |"
     yield "|---|" + "---|" * len(tokens)
     for share in dict.fromkeys(row["share"] for row in rows):

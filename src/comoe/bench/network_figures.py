@@ -21,8 +21,9 @@ def figures(rows: Sequence[Row]) -> dict[str, Any]:
 
     Ratios are medians over models and windows, of worth: tokens of the exact model that a window is worth. Best plans
     are the best of each window, chosen with hindsight. `gain_over_best_static` is against plans of a planner that knows
-    no link, and `total_gain_over_best_static` that of all windows together; `gain_over_best_joint_static` is against
-    plans that are like the live ones but stay, `gain_over_one_static` against the one plan of each model that is best
+    no link, and `total_gain_over_best_static` that of all windows together; `clairvoyant_gain_over_best_static` is the
+    clairvoyant's, which nobody who was tried exceeds. `gain_over_best_joint_static` is against plans that are like the
+    live ones but stay, `gain_over_one_static` against the one plan of each model that is best
     over all windows. None where nothing else is worth anything.
     """
     windows = [row for row in rows if row["kind"] == WINDOW]
@@ -30,6 +31,9 @@ def figures(rows: Sequence[Row]) -> dict[str, Any]:
     shares = [_ratio(row[LIVE]["worth"], row[CLAIRVOYANT]["worth"]) for row in windows]
     return {
         "gain_over_best_static": _median([_ratio(row[LIVE]["worth"], max(row[STATIC].values())) for row in windows]),
+        "clairvoyant_gain_over_best_static": _median(
+            [_ratio(row[CLAIRVOYANT]["worth"], max(row[STATIC].values())) for row in windows]
+        ),
         "gain_over_best_joint_static": _median(
             [_ratio(row[LIVE]["worth"], max(row[JOINT_STATIC].values())) for row in windows]
         ),
