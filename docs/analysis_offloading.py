@@ -150,7 +150,7 @@ def _foretold(predictors: Row) -> Iterator[str]:
     yield ""
     most = max(layer["recall"][name][0] for row in rows for layer in row["layers"] for name in layer["recall"])
     yield f"No layer comes to 0.95 with any of them (the best to {most:.2f}), and four times the text"
-    yield "adds little: between"
+    yield "adds a few hundredths: between"
     yield "lie an attention and this layer's own experts, which nobody knows before they are computed."
     yield ""
 
