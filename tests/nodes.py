@@ -1,5 +1,6 @@
 """Small HTTP servers that stand for edge nodes, in threads: they answer, go silent, drain, die and come back."""
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -14,7 +15,7 @@ class Node:
     """A node on a free port of this machine; `status` is what it answers, `answering` cleared makes it silent."""
 
     def __init__(self, port: int = 0) -> None:
-        self.status, self.answering = 200, Event()
+        self.status, self.came, self.answering = 200, 0, Event()
         self.answering.set()
         self.connections: set[socket] = set()
         node = self
@@ -30,9 +31,10 @@ class Node:
                 node.answering.wait(TIMEOUT_S)
                 with suppress(OSError):  # where nobody waits any more
                     self.send_response(node.status)
-                    self.send_header("Content-Length", "2")
+                    body = json.dumps({"came": node.came}).encode()
+                    self.send_header("Content-Length", str(len(body)))
                     self.end_headers()
-                    self.wfile.write(b"{}")
+                    self.wfile.write(body)
 
             def log_message(self, *words: object) -> None:
                 pass

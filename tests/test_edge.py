@@ -103,7 +103,7 @@ def test_health_says_which_packs_are_there_and_metrics_where_their_bytes_came_fr
     with running(toy) as node:
         health = node.ask("/health").document
         identity = sha256((toy / MANIFEST).read_bytes()).hexdigest()
-        assert health == {"status": "ok", "packs": {PACK: identity}, "load": 0, "queue": 0}
+        assert health == {"status": "ok", "packs": {PACK: identity}, "load": 0, "queue": 0, "came": 0}
         name = blob_file(toy).name
         node.file(PACK, name)
         node.file(PACK, name)
@@ -293,6 +293,7 @@ def test_a_pack_that_is_published_elsewhere_is_read_through_once_and_kept_on_fla
                 assert node.file(PACK, path.name).body == path.read_bytes()
             moved = node.metric("comoe_expert_bytes_total", tier="origin")
             assert moved == sum(toy_blobs(toy)) and node.metric("comoe_expert_bytes_total", tier="flash") == 0
+            assert node.ask("/health").document["came"] > moved
         with running(url, "--cache", tmp_path / "cache") as node:
             assert node.file(PACK, blob_file(toy).name).body == blob_file(toy).read_bytes()
             assert node.metric("comoe_expert_requests_total", result="hit", tier="flash") == 4

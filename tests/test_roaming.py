@@ -1,11 +1,12 @@
 """Several nodes on real sockets: one serves, a dead one is left, and a link comes back."""
 
 from threading import Timer
+from time import monotonic, sleep
 
 import pytest
 from nodes import Node, eventually, nodes
 
-from comoe.net.handover import Event
+from comoe.net.handover import DEFAULT_RULE, Event
 from comoe.net.probe import Probe
 from comoe.net.roaming import Roaming
 from comoe.types import RemoteUnavailable, UsageError
@@ -60,7 +61,7 @@ class Scripted:
     """A node that takes as long as `rtt_s` says."""
 
     def __init__(self, rtt_s: float) -> None:
-        self.rtt_s, self.asked = rtt_s, 0
+        self.rtt_s, self.asked, self.came = rtt_s, 0, 0
 
     def ask(self) -> float:
         self.asked += 1
@@ -68,6 +69,18 @@ class Scripted:
 
     def close(self) -> None:
         pass
+
+
+def test_a_node_that_sends_nothing_yet_but_to_which_bytes_come_is_not_stalled() -> None:
+    with nodes(1) as [node], roaming(node) as links:
+        assert eventually(lambda: links.serving == node.url)
+        with links.reading():
+            until_s = monotonic() + 3 * DEFAULT_RULE.stalled_s
+            while monotonic() < until_s:
+                node.came += 1
+                sleep(0.05)
+            assert not links.counts["stalled"] and links.serving == node.url
+            assert eventually(lambda: links.counts["stalled"] == 1)
 
 
 @pytest.mark.parametrize("gentle", [True, False])

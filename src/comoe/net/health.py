@@ -1,4 +1,5 @@
-"""What an edge node says of itself when it is asked: whether it serves a pack, and where. Who asks is elsewhere."""
+"""What an edge node says of itself when it is asked: whether it serves a pack, and where, and whether bytes come to it.
+Who asks is elsewhere."""
 
 import json
 from urllib.parse import quote
@@ -8,6 +9,14 @@ from comoe.types import RemoteUnavailable
 PATH = "/health"
 MOST_NBYTES = 1 << 20
 """Of an answer, what is read."""
+
+
+def came_in(data: bytes) -> int:
+    """Bytes that came to a node from where its packs are published, as it answered; 0 where it does not say."""
+    try:
+        return int(json.loads(data)["came"])
+    except (ValueError, RecursionError, TypeError, KeyError, OverflowError):
+        return 0
 
 
 def folder_in(data: bytes, identity: str, url: str) -> str:

@@ -81,8 +81,12 @@ class Meter:
         """Tell the link what came since it was last told, be it nothing."""
         self._flush(now_s, SAMPLE_S)
 
+    def sought(self, now_s: float) -> None:
+        """Bytes came to the node, which looks for what it was asked for: it is not stalled."""
+        self._heard_s = now_s
+
     def waiting_s(self, now_s: float) -> float:
-        """For how long no request had a byte, while one was open; 0 where none is."""
+        """For how long no request had a byte, nor the node itself, while one was open; 0 where none is."""
         return now_s - max(self._heard_s, min(self._open.values(), default=now_s))
 
     def _flush(self, now_s: float, least_s: float) -> None:

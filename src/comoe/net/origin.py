@@ -56,7 +56,7 @@ ONLY = Leash()
 
 
 class Origin:
-    """The folder of files at `url`. Several threads may read at once.
+    """The folder of files at `url`, from which `came` bytes did so far. Several threads may read at once.
 
     No more comes than `access` says that the link carries; `leash` is for nodes that may not answer.
     """
@@ -70,6 +70,7 @@ class Origin:
         self._store, self._leash = _store(self.url, access, leash), leash
         self._breaker, self._why = Breaker(monotonic), ""
         self._meter, self._lock = Meter(Link()), Lock()
+        self.came = 0
         self._throttle = Throttle(access.link[0], monotonic, sleep) if access.link else None
 
     @property
@@ -156,6 +157,7 @@ class Origin:
                 for chunk in result.stream(min_chunk_size=min(CHUNK_BYTES, max(LEAST_CHUNK, (end - at) // 8))):
                     view = memoryview(chunk).cast("B")
                     at, attempts = at + len(view), 0
+                    self.came += len(view)
                     self._breaker.succeeded()
                     if self._throttle is not None:
                         self._throttle.take(len(view))

@@ -5,14 +5,15 @@ from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from time import perf_counter
 from urllib.parse import urlsplit
 
-from comoe.net.health import MOST_NBYTES, PATH, folder_in
+from comoe.net.health import MOST_NBYTES, PATH, came_in, folder_in
 from comoe.types import RemoteUnavailable, UsageError
 
 
 class Probe:
     """Asks the node at `url`, `http(s)://host[:port]`, for its health. UsageError for anything else.
 
-    `identity` is the SHA-256 of the manifest of a pack that it must serve, None for any; `folder` is then where.
+    `identity` is the SHA-256 of the manifest of a pack that it must serve, None for any; `folder` is then where. As it
+    said last, `came` bytes did from where its packs are published.
     `context` says which certificates of https are trusted; None: those that the system trusts.
     """
 
@@ -23,7 +24,7 @@ class Probe:
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise UsageError(f"{url!r} is no edge node: name it as http://host:port or https://host:port.")
         self.url, self._timeout_s, self._identity, self._context = url, timeout_s, identity, context
-        self.folder = ""
+        self.folder, self.came = "", 0
         self._secure, self._host, self._port = parts.scheme == "https", parts.hostname, parts.port
         self._connection: HTTPConnection | None = None
 
@@ -63,4 +64,5 @@ class Probe:
             raise HTTPException(f"status {answer.status}, or an answer without an end")
         if self._identity is not None:
             self.folder = folder_in(data, self._identity, self.url)
+        self.came = came_in(data)
         return took_s

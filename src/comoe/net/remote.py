@@ -41,6 +41,10 @@ class RemotePack(Pack):
             self._mirror(folder, source)
             super().__init__(folder, source=source)
 
+    @property
+    def came(self) -> int:
+        return self._origin.came
+
     def _mirror(self, folder: Path, source: Path | None) -> None:
         """All files but the blobs'. Raises PackError where the pack is of use on the machine that packed it only."""
         origin = self._origin

@@ -27,7 +27,10 @@ UNIT_NBYTES = 1 << 16
 
 
 class Asks(Protocol):
-    """What asks a node for its round trip: `net.probe.Probe`."""
+    """What asks a node for its round trip, and what came to it: `net.probe.Probe`."""
+
+    @property
+    def came(self) -> int: ...
 
     def ask(self) -> float: ...
 
@@ -151,6 +154,7 @@ class Roaming:
     def _watch(self, node: str) -> None:
         probe, link, meter = self._probes[node], self._links[node], self._meters[node]
         recent: deque[float] = deque(maxlen=RECENT)
+        came = probe.came
         while not self._closing.is_set():
             loaded = meter.busy
             try:
@@ -162,6 +166,9 @@ class Roaming:
             else:
                 with self._lock:
                     self._problems.pop(node, None)
+                    if probe.came != came:
+                        meter.sought(self._clock())
+                        came = probe.came
                     recent.append(rtt_s)
                     if gentle := self._gentle():
                         rtt_s = min(recent)

@@ -72,7 +72,8 @@ class EdgeNode:
     async def _health(self, request: Request) -> Response:
         packs = {name: served.identity for name, served in self.shelf.packs.items()}
         status = "draining" if self.gate.draining else "ok"
-        return JSONResponse({"status": status, "packs": packs, "load": self.gate.load, "queue": self._batcher.queue})
+        told = {"load": self.gate.load, "queue": self._batcher.queue, "came": self.shelf.came}
+        return JSONResponse({"status": status, "packs": packs, **told})
 
     async def _metrics(self, request: Request) -> Response:
         return Response(self.metrics.text(), media_type=CONTENT_TYPE_LATEST)

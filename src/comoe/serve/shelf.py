@@ -121,6 +121,11 @@ class Shelf:
             metrics.expert_bytes.labels("ram").inc(sum(map(self._joined.nbytes, group)))
             metrics.expert_fetch.labels("ram").observe(seconds)
 
+    @property
+    def came(self) -> int:
+        """Bytes that came from where packs are published: it grows while somebody waits for them."""
+        return sum(served.pack.came for served in self.packs.values())
+
     def close(self) -> None:
         if self._cache is not None:
             self._cache.close()

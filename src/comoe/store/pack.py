@@ -29,13 +29,18 @@ class Pieces:
 
 
 class Pack:
-    """A pack in a local folder, a `Source` that reads from flash; `remote` where bytes may have to come first.
+    """A pack in a local folder, a `Source` that reads from flash; `remote` where bytes may have to come first, of which
+    so many `came`.
 
     `source` overrides the folder of the checkpoint, where it has moved. Several threads may read at once, but none
     while another closes.
     """
 
     remote = False
+
+    @property
+    def came(self) -> int:
+        return 0
 
     def __init__(self, folder: Path, *, source: Path | None = None) -> None:
         self.folder = folder
