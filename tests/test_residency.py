@@ -280,7 +280,7 @@ def test_what_is_foreseen_leaves_last_and_not_for_what_else_is_read_ahead() -> N
     assert core.resident(group(6)) and not core.resident(group(0))
 
 
-def test_what_is_aimed_at_does_not_push_itself_out_and_leaves_last_for_a_demand() -> None:
+def test_what_is_aimed_at_does_not_push_itself_out_and_leaves_for_a_demand() -> None:
     """0 is used; 3 and 6 are read ahead of any use, which LFU would let go first."""
     core = Residency(3, size_of, LFU())
     ticket = core.demand(group(0))
@@ -291,7 +291,6 @@ def test_what_is_aimed_at_does_not_push_itself_out_and_leaves_last_for_a_demand(
     assert load_all(core) == [blob(3), blob(6), blob(9)]
     core.prefetch(group(0))
     assert load_all(core) == [] and core.resident(group(3, 6, 9))
-    core.aim(group(6, 9))
     core.demand(group(0))
     load_all(core)
     assert core.resident(group(0, 6, 9)) and not core.resident(group(3))

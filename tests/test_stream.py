@@ -62,6 +62,26 @@ def test_a_floor_comes_before_what_was_missed() -> None:
     assert not list(plans.groups(LinkPlan("exact", "coarse", reads="none"), nothing(), USE, missed))
 
 
+def test_what_is_worth_most_stays_and_what_is_there_unless_another_is_worth_twice_as_much() -> None:
+    plans, missed, use = streaming(), np.zeros(N, np.bool_), USE.copy()
+    plans.capacity, plan, exact = 3 * EXACT, LinkPlan("exact", "coarse"), needs("exact")
+    use[[1, 5, 6]], use[2] = 1.0, 0.4
+
+    def towards(some: np.ndarray, held: np.ndarray) -> tuple[list[int], list[int]]:
+        groups, stays = plans.towards(plan, some, use, missed, held)
+        return [int(blobs[0]) for blobs in groups], [at for at in range(N) if stays[exact[at][0]]]
+
+    assert towards(nothing(), nothing()) == (exact[[1, 5, 6], 0].tolist(), [1, 5, 6])
+    some = nothing()
+    some[exact[[1, 2, 5]]] = True
+    assert towards(some, nothing()) == (exact[[6], 0].tolist(), [1, 5, 6])  # 2 is used less
+    use[2] = 0.6
+    assert towards(some, nothing()) == ([], [1, 2, 5])
+    held = nothing()
+    held[needs("q4")[:1]] = True  # and there is no room for three
+    assert towards(some, held) == ([], [1, 5])
+
+
 def test_nothing_is_worth_less_with_more_bytes() -> None:
     plans = streaming()
     found = plans.foretold(nothing(), USE, np.linspace(0, 2 * N * EXACT, 9), 1e5)

@@ -121,7 +121,7 @@ class BlobCache:
 
     def aim(self, groups: Sequence[Group], stay: Iterable[BlobId]) -> None:
         """Read towards this: of `groups` what is not there when nothing is demanded, and nothing else that was hinted
-        at. What is to `stay` leaves for what is demanded alone, and last."""
+        at. What is to `stay` leaves for what is demanded alone."""
         with self._changed:
             self._residency.forget_hints()
             self._residency.aim(stay)

@@ -190,8 +190,8 @@ class Residency:
         self._foreseen = dict.fromkeys(chain.from_iterable(groups))
 
     def aim(self, blobs: Iterable[BlobId]) -> None:
-        """What is read towards leaves last but for what is foreseen, and not for what nobody demanded: else what was
-        read ahead, and is not used yet, would leave for what is read next, again and again."""
+        """What is read towards does not leave for what nobody demanded: else what was read ahead, and is not used yet,
+        would leave for what is read next, again and again."""
         self._aimed = frozenset(blobs)
 
     def next_load(self) -> BlobId | None:
@@ -351,7 +351,7 @@ class Residency:
     def _make_room(self, nbytes: int, keep: Sequence[BlobId], *, ahead: bool = False) -> bool:
         """Evict until `nbytes` more fit; False, and nothing evicted for it, where that cannot be.
 
-        What is foreseen leaves last, what is aimed at before it, and neither for what is read `ahead`.
+        What is foreseen leaves last, and not for what is read `ahead`; nor does what is aimed at.
         """
         excess = self.used + nbytes - self.capacity
         if excess <= 0:
@@ -371,13 +371,12 @@ class Residency:
 
     def _victims(self, *, ahead: bool) -> Iterator[BlobId]:
         victims, foreseen, aimed = self._policy.victims, self._foreseen, self._aimed
-        if not foreseen and not aimed:
+        if ahead and (foreseen or aimed):
+            return (blob for blob in victims() if blob not in foreseen and blob not in aimed)
+        if not foreseen:
             return victims()
-        others = (blob for blob in victims() if blob not in foreseen and blob not in aimed)
-        if ahead:
-            return others
-        late = (blob for blob in victims() if blob in aimed and blob not in foreseen)
-        return chain(others, late, (blob for blob in victims() if blob in foreseen))
+        others = (blob for blob in victims() if blob not in foreseen)
+        return chain(others, (blob for blob in victims() if blob in foreseen))
 
     def _evict(self, blob: BlobId) -> None:
         entry = self._entries.pop(blob)

@@ -38,6 +38,12 @@ HOLD_S = 1.0
 
 FALL = 0.6
 
+KEPT = 2.0
+"""Reading an expert anew is worth it where it is worth so many times what would leave for it."""
+
+NO_FORM = 1.0
+"""The error of an expert that is there in no form, about: that of leaving it out."""
+
 MOMENTS = 6
 """Of a horizon, at which a plan's worth is foretold."""
 
@@ -209,28 +215,36 @@ class Streaming:
                 yield floor[expert][floor[expert] >= 0]
             resident[floor] = True
         needs = self._by_name[plan.target].needs
-        wanted = {"all": use, "missed": use * missed, "none": np.zeros_like(use)}[plan.reads]
-        for expert in self.order(plan.target, resident, wanted).tolist():
+        for expert in self.order(plan.target, resident, self._wanted(plan, use, missed)).tolist():
             yield needs[expert][needs[expert] >= 0]
 
     def towards(
         self, plan: LinkPlan, resident: Flags, use: Array, missed: Flags, held: Flags
     ) -> tuple[list[Indices], Flags]:
-        """Of `groups` what there is room for, beside blobs (B + 1,) that are `held` and what is there of the plan; and
-        all of the plan (B + 1,) that will be there then."""
-        sizes, stays = self.forms.sizes, np.zeros_like(resident)
-        for rung in (plan.floor, plan.target):
-            if rung is not None:
-                stays[self._by_name[rung].needs] = True
-        stays &= resident
-        room, wanted = self.capacity - int(sizes[stays | held].sum()), list[Indices]()
-        for group in self.groups(plan, resident, use, missed):
-            room -= int(sizes[group[~stays[group]]].sum())
-            if room < 0:
-                break
-            stays[group] = True
-            wanted.append(group)
-        return wanted, stays
+        """Of `groups` what to read, in their order, and what (B + 1,) is to stay beside blobs that are `held`: of the
+        plan what is worth most, as far as there is room. What is there counts `KEPT` times as much."""
+        needs, stays = self._by_name[plan.target].needs, held.copy()
+        stays[-1] = True
+        if plan.floor is not None:
+            stays[self._by_name[plan.floor].needs] = True
+        there = resident[needs].all(1)
+        wanted = self._wanted(plan, use, missed)
+        gain, nbytes = self._gains(plan.target, np.minimum(self.forms.errors(stays), NO_FORM), stays, wanted)
+        better, _ = self._gains(plan.target, self.forms.errors(resident), resident, wanted)
+        order = np.argsort(-gain / np.maximum(nbytes, 1.0) * np.where(there, KEPT, 1.0), kind="stable")
+        order = order[(there | (better > 0))[order]]
+        groups = needs[order]
+        sizes = np.zeros(groups.size, np.int64)
+        blobs, first = np.unique(groups, return_index=True)
+        sizes[first] = np.where(stays, 0, self.forms.sizes)[blobs]
+        room = self.capacity - int(self.forms.sizes[stays].sum())
+        fits = np.cumsum(sizes.reshape(groups.shape).sum(1)) <= room
+        stays[groups[fits]] = True
+        return [group for group in self.groups(plan, resident, use, missed) if stays[group].all()], stays
+
+    def _wanted(self, plan: LinkPlan, use: Array, missed: Flags) -> Array:
+        """The uses (N,) that a plan reads for."""
+        return {"all": use, "missed": use * missed, "none": np.zeros_like(use)}[plan.reads]
 
     def complete(self, rung: str, resident: Flags, use: Array) -> bool:
         """Whether all of a rung is there, or what is better, as far as it is used."""
