@@ -124,6 +124,11 @@ def test_while_no_node_serves_the_origin_leaves_room_for_probes(
             reading.result(0.2)
         assert not origin.asked
         assert reading.result(10) == right
+    alone: list[bool] = []
+    fetch = pack._origin.fetch
+    monkeypatch.setattr(pack._origin, "fetch", lambda *of: (alone.append(nodes._searching.locked()), fetch(*of)))
+    assert read(pack, blob) == right and alone and all(alone)
+    assert not nodes._searching.locked()
 
 
 def test_a_range_that_breaks_goes_on_at_the_origin(stack: ExitStack, published: Path, tmp_path: Path) -> None:

@@ -124,21 +124,26 @@ class EdgeNodes:
     def sharing(self, rate_bps: Callable[[], float]) -> Iterator[int | None]:
         """How many bytes to ask for now, so that a link of such a rate is not full; None for all of them.
 
-        While experts run elsewhere, others that share the link wait meanwhile: ask the node and nobody else. So they do
-        while none serves, but not for long: who is asked then may not answer.
+        While experts run elsewhere, others that share the link wait meanwhile: ask the node and nobody else.
         """
         if self.serving is None:
-            alone = self._searching.acquire(timeout=2 * SEARCHING_S)
-            try:
-                yield max(LEAST_PIECE, int(rate_bps() * SEARCHING_S))
-            finally:
-                if alone:
-                    self._searching.release()
+            yield max(LEAST_PIECE, int(rate_bps() * SEARCHING_S))
         elif self.runs():
             with self._turn:
                 yield max(LEAST_PIECE, int(rate_bps() * PIECE_S))
         else:
             yield None
+
+    @contextmanager
+    def searching(self) -> Iterator[None]:
+        """Around asking somebody else for a piece: while none serves, one at a time, as long as that does not take for
+        ever."""
+        alone = self.serving is None and self._searching.acquire(timeout=2 * SEARCHING_S)
+        try:
+            yield
+        finally:
+            if alone:
+                self._searching.release()
 
     def fetch(self, name: str, start: int, into: memoryview) -> int:
         """Fill `into` from byte `start` of the file `name`; how many bytes came before no node was left to ask.

@@ -121,7 +121,9 @@ class RemotePack(Pack):
             with self.nodes.sharing(lambda: self.link_now()[0]) as most:
                 part = into[at : len(into) if most is None else at + most]
                 came = self.nodes.fetch(name, start + at, part)
-            self._origin.fetch(name, start + at + came, part[came:])
+            if came < len(part):
+                with self.nodes.searching():
+                    self._origin.fetch(name, start + at + came, part[came:])
             at += len(part)
         return "edge" if came == len(part) else self._origin.tier
 
