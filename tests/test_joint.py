@@ -33,8 +33,18 @@ def cell(model: str, share: float, separable: float, together: float, loss: floa
 def live(model: str, separable: float, together: float, foretold: float) -> dict[str, Any]:
     """Times of two ways; the virtual clock says `foretold` of both."""
     methods = {
-        name: {"way": way, "ms": ms, "ms_foretold": foretold, "ratio_of_times": ms / separable}
-        for name, way, ms in (("separable", "q4", separable), ("joint", "10%", together), ("joint, no bias", "q4", 9.0))
+        name: {
+            "way": way,
+            "ms": ms,
+            "ms_foretold": foretold,
+            "ratio_of_times": ms / separable,
+            "ratio_of_times_ci95": [part * ms / separable for part in span],
+        }
+        for (name, way, ms), span in zip(
+            (("separable", "q4", separable), ("joint", "10%", together), ("joint, no bias", "q4", 9.0)),
+            ((1.0, 1.0), (0.75, 1.25), (1.0, 1.0)),
+            strict=True,
+        )
     }
     return {"kind": "live", "model": model, "share": 0.16, "ratio": 1.0, "methods": methods}
 
@@ -60,6 +70,7 @@ def test_live_times_are_compared_and_each_way_is_foretold_once() -> None:
     assert found["ratio_at_16_live"] == pytest.approx(0.7)
     assert found["foretold"]["ways"] == 4
     assert found["foretold"]["median_error"] == pytest.approx((0 + 1 / 9) / 2)
+    assert found["foretold"]["p95_half_interval"] == pytest.approx(0.25)  # of what is compared with another
 
 
 def test_where_nothing_fits_there_is_no_ratio() -> None:

@@ -32,7 +32,8 @@ def figures(rows: Sequence[Row]) -> dict[str, Any]:
     16 % of the bytes, `ratio_at_16_live` that of the times of threads and reads; `loss_ratio_at_16` that of its loss
     where it is as fast. `cells_no_worse` of `cells` have a joint way that is not slower by more than a hundredth;
     `median_ratio` is over all of them. `foretold` is how far the virtual clock is off what was timed live, over so many
-    ways of so many cells. None where nothing fits.
+    ways of so many cells, and how sure such times are: half the interval of a way's time over another's, timed in turns
+    with it, over that ratio. None where nothing fits.
     """
     ratios = {_cell(row): row["methods"][JOINT]["ms"] / row["methods"][SEPARABLE]["ms"] for row in _compared(rows)}
     losses = [
@@ -55,11 +56,24 @@ def figures(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def _foretold(live: Sequence[Row]) -> Row | None:
-    ways = [{str(found["way"]): found for found in row["methods"].values()}.values() for row in live]
+    ways = [list({str(found["way"]): found for found in row["methods"].values()}.values()) for row in live]
     errors = [abs(found["ms_foretold"] / found["ms"] - 1) for row in ways for found in row]
     if not errors:
         return None
-    return {"ways": len(errors), "median_error": median(errors), "p95_error": float(np.quantile(errors, 0.95))}
+    spans = [
+        (high - low) / 2 / found["ratio_of_times"]
+        for row in ways
+        for found in row
+        for low, high in [found["ratio_of_times_ci95"]]
+        if high > low
+    ]
+    return {
+        "ways": len(errors),
+        "median_error": median(errors),
+        "p95_error": float(np.quantile(errors, 0.95)),
+        "median_half_interval": _median(spans),
+        "p95_half_interval": float(np.quantile(spans, 0.95)) if spans else None,
+    }
 
 
 def _median(values: Iterable[float]) -> float | None:
