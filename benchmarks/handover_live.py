@@ -125,6 +125,7 @@ def figures(rows: Sequence[Row]) -> dict[str, Any]:
         "recovered": len(known) / len(recovered) if recovered else None,
         "bytes_moved_share": max((share for row in drives for share in row["moved_share"]), default=None),
         "handovers": sum(len(row["moves"]) for row in drives),
+        "moves_of_the_device": sum(len(row["stays"]) - 1 for row in drives),
         "failed": sum(row["failed"] is not None for row in rows),
         "longest_wait_s": {f"{row['model']}, {row['fault']}": row["longest_wait_s"] for row in faults},
     }

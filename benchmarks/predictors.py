@@ -1,7 +1,7 @@
 """How well the next layer's experts can be foretold at all: one JSON document on stdout.
 
 The pack's own foresight is a linear map from what a layer's experts are given. Beside it stand networks with a hidden
-layer that are given as much, or all that a device knows at that moment: what experts of this layer and of all before it
+layer that are given as much, or more of what a device knows then: what experts of this layer and of all before it
 were given, which of this layer's are used, and which of the next layer's the token before used. Each is fitted to a
 quarter of the calibration text and to all of it, so that it shows whether more text would help, and judged on other
 text. The exact model reads whole windows; no network would be quick enough to be used. Raw results in predictors.json.
@@ -130,7 +130,7 @@ def fit(of: Sample, hidden: int) -> nn.Module:
     return network
 
 
-KINDS = {"linear": (0, False), "network": (HIDDEN, False), "network, all that is known": (HIDDEN, True)}
+KINDS = {"linear": (0, False), "network": (HIDDEN, False), "network, more of what is known": (HIDDEN, True)}
 
 
 def layer_row(fitted: Sequence[Any], judged: Sequence[Any], target: int) -> Row:

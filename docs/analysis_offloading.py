@@ -64,7 +64,7 @@ def _policies(cache: Row) -> Iterator[str]:
     yield "and counts uses beyond, has in his worst cell"
     yield ", ".join(f"{share:.1%} with {tokens}" for tokens, share in known.items()) + " tokens."
     if enough is not None:
-        yield f"So {WANTED:.0%} in every cell takes {enough} tokens that nobody has sampled yet."
+        yield f"So {WANTED:.0%} in every cell takes it {enough} tokens that nobody has sampled yet."
     yield ""
 
 
@@ -135,8 +135,8 @@ def _foretold(predictors: Row) -> Iterator[str]:
     yield "Could it be foretold better? Predictors that are too slow to be used, on"
     yield f"{rows[0]['tokens']['fitted']:,} tokens of calibration text or a quarter of them, judged on all tokens of"
     yield "other text ([predictors.json](../benchmarks/predictors.json)). A network has"
-    yield f"{settings['hidden']} hidden units; all that is known are inputs of all layers before, this layer's experts,"
-    yield "and those of the next layer that the token before used:"
+    yield f"{settings['hidden']} hidden units; more of what is known are inputs of all layers before, this layer's"
+    yield "experts, and those of the next layer that the token before used:"
     yield ""
     yield "| | " + " | ".join(f"{row['model']}, mean | worst | best" for row in rows) + " |"
     yield "|---" * (3 * len(rows) + 1) + "|"
@@ -149,7 +149,7 @@ def _foretold(predictors: Row) -> Iterator[str]:
         yield f"| {name} | {' | '.join(cells)} |"
     yield ""
     most = max(layer["recall"][name][0] for row in rows for layer in row["layers"] for name in layer["recall"])
-    yield f"No layer comes to 0.95 with any of them (the best to {most:.2f}), and four times the text"
+    yield f"No layer comes to 0.95 with any of those that were tried (the best to {most:.2f}), and four times the text"
     yield "adds a few hundredths: between"
     yield "lie an attention and this layer's own experts, which nobody knows before they are computed."
     yield ""

@@ -161,4 +161,20 @@ def test_where_not_all_of_a_step_fits_what_was_read_of_it_stays(web: Web, tmp_pa
             if rate_bps == 1.0:
                 model.generate(IDS, max_new_tokens=8, do_sample=False)
             found.append(handle.cache.stats.tally.prefetched)
-        assert len(set(found[3:])) == 1
+        assert found[1] < found[3] and len(set(found[3:])) == 1
+        assert not following._streaming.complete("exact", following._resident(), following._use())
+
+
+def test_what_another_text_uses_is_soon_read_towards(web: Web, tmp_path: Path) -> None:
+    model = loaded(web, tmp_path)
+    with model.comoe as handle:
+        following, seen = halted(model), handle._serving.seen
+        before = following._use()
+        experts = len(seen[0][1].uses)
+        for expert in (*[0] * 100, *[experts - 1] * 30):
+            for _, answer in seen:
+                answer.uses[expert] += 10
+                answer.tokens += 10
+            found = following._use()
+        assert found[experts - 1] > 2 * found[0] > 0
+        assert found[1] < before[1]

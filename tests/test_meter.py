@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from comoe.net.links import Link
-from comoe.net.meter import SERVER_S, Meter
+from comoe.net.meter import SERVER_S, SOUGHT_S, Meter
 from comoe.net.nodes import PIECE_S
 
 
@@ -147,3 +147,13 @@ def test_first_bytes_are_those_of_their_request() -> None:
     meter.came(one, 16_000, 0.9)
     meter.end(other, 0.95, failed=True)
     assert meter.link.rated_s == -inf or meter.link.rate_bps == 0
+
+
+def test_a_node_that_seeks_is_waited_for_but_not_for_ever() -> None:
+    meter = Meter(Link())
+    meter.begin(0.0)
+    assert meter.waiting_s(2.0) == 2.0
+    meter.sought(1.9)
+    assert meter.waiting_s(2.0) == pytest.approx(0.1)
+    meter.sought(SOUGHT_S)
+    assert meter.waiting_s(SOUGHT_S + 0.1) == SOUGHT_S + 0.1

@@ -5,6 +5,7 @@ import socket
 import pytest
 from nodes import nodes
 
+from comoe.net.health import came_in
 from comoe.net.probe import Probe
 from comoe.types import RemoteUnavailable, UsageError
 
@@ -41,3 +42,8 @@ def test_a_node_that_drains_or_is_silent_or_gone_is_unavailable() -> None:
 def test_what_is_no_address_is_refused(url: str) -> None:
     with pytest.raises(UsageError, match="is no edge node"):
         Probe(url, 1.0)
+
+
+@pytest.mark.parametrize("told", [b"", b"{}", b"[]", b'{"came": "x"}', b'{"came": 1e999}', b'{"came": {}}', b"\xff"])
+def test_a_node_that_does_not_say_what_came_to_it_says_nothing_came(told: bytes) -> None:
+    assert came_in(told) == 0

@@ -290,7 +290,10 @@ def test_what_is_aimed_at_does_not_push_itself_out_and_leaves_for_a_demand() -> 
     core.prefetch(group(3, 6, 9))
     assert load_all(core) == [blob(3), blob(6), blob(9)]
     core.prefetch(group(0))
+    assert not core.may_start and core.resident(group(3, 6, 9))
+    core.foresee([group(0)])
     assert load_all(core) == [] and core.resident(group(3, 6, 9))
+    core.foresee([])
     core.demand(group(0))
     load_all(core)
     assert core.resident(group(0, 6, 9)) and not core.resident(group(3))

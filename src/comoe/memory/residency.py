@@ -171,7 +171,8 @@ class Residency:
 
     def prefetch(self, group: Iterable[BlobId]) -> None:
         """Read `group` when nothing is demanded and if room can be made. A hint: it may never happen."""
-        self._hints.extend(blob for blob in group if blob not in self._entries)
+        aimed = self._aimed
+        self._hints.extend(blob for blob in group if blob not in self._entries and (not aimed or blob in aimed))
 
     def used_elsewhere(self, group: Iterable[BlobId]) -> None:
         """`group` was used without being read. It is read as a hint if there is room, or all of it is worth more than
@@ -191,7 +192,7 @@ class Residency:
 
     def aim(self, blobs: Iterable[BlobId]) -> None:
         """What is read towards does not leave for what nobody demanded: else what was read ahead, and is not used yet,
-        would leave for what is read next, again and again."""
+        would leave for what is read next, again and again. Nothing else is hinted at."""
         self._aimed = frozenset(blobs)
 
     def next_load(self) -> BlobId | None:

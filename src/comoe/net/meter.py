@@ -12,6 +12,9 @@ from comoe.net.links import Link
 SAMPLE_S = 0.05
 """Bytes and time are told to the link in pieces of at least so long."""
 
+SOUGHT_S = 5.0
+"""So long, a node to which bytes come is taken to look for what it was asked for: they may be another device's."""
+
 SERVER_S = 1.0
 """So long, a node may look for what it was asked for, be it at an origin of its own; what takes longer is stalled."""
 
@@ -33,6 +36,7 @@ class Meter:
     _first: tuple[int, int] = (0, 0)
     _counted_s: float = 0.0
     _heard_s: float = -inf
+    _sought_s: float = -inf
 
     @property
     def busy(self) -> bool:
@@ -83,11 +87,12 @@ class Meter:
 
     def sought(self, now_s: float) -> None:
         """Bytes came to the node, which looks for what it was asked for: it is not stalled."""
-        self._heard_s = now_s
+        self._sought_s = now_s
 
     def waiting_s(self, now_s: float) -> float:
-        """For how long no request had a byte, nor the node itself, while one was open; 0 where none is."""
-        return now_s - max(self._heard_s, min(self._open.values(), default=now_s))
+        """For how long no request had a byte, nor for a while the node itself, while one was open; 0 where none is."""
+        waits_s = now_s - max(self._heard_s, min(self._open.values(), default=now_s))
+        return waits_s if waits_s > SOUGHT_S else min(waits_s, now_s - self._sought_s)
 
     def _flush(self, now_s: float, least_s: float) -> None:
         seconds = now_s - self._counted_s

@@ -32,7 +32,7 @@ FIRST_S = 8.0
 """So long a session waits at its start until every node was asked once."""
 
 NEAR = Leash(connect_s=1.0, silent_s=1.5, whole_s=60.0, attempts=1, busy_attempts=1)
-"""Of a node beside which there is an origin, and maybe others: by then `net.handover` knows whether it is stalled."""
+"""Of a node beside which there is an origin, and maybe others."""
 
 LOG = logging.getLogger("comoe")
 

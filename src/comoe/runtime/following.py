@@ -26,6 +26,9 @@ STEP_S = 0.5
 PRIOR_TOKENS = 16.0
 """As many tokens as the calibration's use of experts counts for, beside those of the session."""
 
+HALF_LIFE_TOKENS = 128.0
+"""So many tokens later, uses of a session count half: its text may be another."""
+
 READER_S = 0.1
 """What a reader takes for a token: faster ones are worth no more."""
 
@@ -71,7 +74,7 @@ class Following(Periodic):
         self._blobs, self._link = blobs, link
         self._number = {blob: at for at, blob in enumerate(blobs)}
         self._prior = np.concatenate(ladder.use)
-        self._nothing = nothing(serving.seen)
+        self._before, self._used, self._tokens = nothing(serving.seen), np.zeros(len(self._prior)), 0.0
         self._follower = LinkFollower(streaming)
         self.switches = 0
         super().__init__(STEP_S, "comoe-following")
@@ -118,10 +121,13 @@ class Following(Periodic):
         return found
 
     def _use(self) -> Array:
-        """Uses (N,) of a token: by calibration, and more and more by the session."""
+        """Uses (N,) of a token: by calibration, and more and more by the session's last ones."""
         seen = copied(self._serving.seen)
-        used = uses_between(self._nothing, seen)
-        found: Array = (PRIOR_TOKENS * self._prior + used) / (PRIOR_TOKENS + mean_tokens(seen))
+        tokens = mean_tokens(seen) - mean_tokens(self._before)
+        kept = 0.5 ** (tokens / HALF_LIFE_TOKENS)
+        self._used = kept * self._used + uses_between(self._before, seen)
+        self._tokens, self._before = kept * self._tokens + tokens, seen
+        found: Array = (PRIOR_TOKENS * self._prior + self._used) / (PRIOR_TOKENS + self._tokens)
         return found
 
 
