@@ -1,7 +1,7 @@
 """The offloading half of docs/analysis.md, from cache.json, predictors.json, bias.json and joint.json."""
 
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import mean, median
 from typing import Any
 
@@ -12,6 +12,8 @@ WANTED = 0.92
 """Of the future's hits, what a policy should have."""
 
 Row = dict[str, Any]
+Lines = dict[str, list[str]]
+Layers = Sequence[Sequence[float]]
 METHODS = (EXACT, "exact, bias", SEPARABLE, SEPARABLE_BIAS, "joint static", NO_BIAS, JOINT, "clairvoyant")
 
 
@@ -50,11 +52,11 @@ def _policies(cache: Row) -> Iterator[str]:
     yield ""
     yield "Byte hits over those of the policy that knows the future and reads nothing ahead:"
     yield ""
-    yield "| | " + " | ".join(f"{model} {share:.0%}" for model, share in cells) + " |"
-    yield "|---" * (len(cells) + 1) + "|"
+    lines: Lines = {}
     for policy in dict.fromkeys(row["policy"] for row in rows):
         found = {(row["model"], row["share"]): row["belady_share"] for row in rows if row["policy"] == policy}
-        yield f"| {policy} | " + " | ".join(f"{found[cell]:.0%}" for cell in cells) + " |"
+        lines[policy] = [f"{found[cell]:.0%}" for cell in cells]
+    yield from _table([f"{model} {share:.0%}" for model, share in cells], lines)
     yield ""
     known = cache["belady_share_known"]
     enough = min((int(tokens) for tokens, share in known.items() if share >= WANTED), default=None)
@@ -116,18 +118,37 @@ def _predictors(cache: Row) -> Iterator[str]:
     yield "that were held likeliest one layer before (among twice"
     yield "as many): the mean of all layers, and the worst layer."
     yield ""
-    yield "| | " + " | ".join(f"{row['model']}, mean | worst" for row in rows) + " |"
-    yield "|---" * (2 * len(rows) + 1) + "|"
-    for name in rows[0]["recall"]:
-        cells = []
-        for row in rows:
-            one, two = zip(*row["recall"][name].values(), strict=True)
-            cells.append(f"{mean(one):.2f} ({mean(two):.2f}) | {min(one):.2f} ({min(two):.2f})")
-        yield f"| {name} | " + " | ".join(cells) + " |"
+    found = {name: [[*row["recall"][name].values()] for row in rows] for name in rows[0]["recall"]}
+    yield from _recalls([row["model"] for row in rows], found, {"mean": mean, "worst": min})
     yield ""
     yield "The learned map beats the next layer's own router on this layer's input, and both beat counting. The first"
     yield "layer is told by the token before, which says little."
     yield ""
+
+
+def _recalls(
+    models: Sequence[str],
+    found: Mapping[str, Sequence[Layers]],
+    shown: Mapping[str, Callable[[Sequence[float]], float]],
+) -> Iterator[str]:
+    """By predictor what it foretold in the layers of each model: of as many experts as are used (of twice as many)."""
+    lines = {
+        name: [
+            "{:.2f} ({:.2f})".format(*map(of, zip(*layers, strict=True)))
+            for layers in by_model
+            for of in shown.values()
+        ]
+        for name, by_model in found.items()
+    }
+    first, *others = shown
+    yield from _table([head for model in models for head in (f"{model}, {first}", *others)], lines)
+
+
+def _table(heads: Sequence[str], lines: Lines) -> Iterator[str]:
+    """A table whose lines have names."""
+    yield f"| | {' | '.join(heads)} |"
+    yield "|---" * (len(heads) + 1) + "|"
+    yield from (f"| {name} | {' | '.join(cells)} |" for name, cells in lines.items())
 
 
 def _foretold(predictors: Row) -> Iterator[str]:
@@ -138,17 +159,11 @@ def _foretold(predictors: Row) -> Iterator[str]:
     yield f"{settings['hidden']} hidden units; more of what is known are inputs of all layers before, this layer's"
     yield "experts, and those of the next layer that the token before used:"
     yield ""
-    yield "| | " + " | ".join(f"{row['model']}, mean | worst | best" for row in rows) + " |"
-    yield "|---" * (3 * len(rows) + 1) + "|"
-    for name in rows[0]["mean"]:
-        cells = []
-        for row in rows:
-            found = [layer["recall"][name] for layer in row["layers"]]
-            shown = (row["mean"][name], row["least"][name], max(found))
-            cells += [f"{one:.2f} ({two:.2f})" for one, two in shown]
-        yield f"| {name} | {' | '.join(cells)} |"
+    names = rows[0]["mean"]
+    found = {name: [[layer["recall"][name] for layer in row["layers"]] for row in rows] for name in names}
+    yield from _recalls([row["model"] for row in rows], found, {"mean": mean, "worst": min, "best": max})
     yield ""
-    most = max(layer["recall"][name][0] for row in rows for layer in row["layers"] for name in layer["recall"])
+    most = max(one for models in found.values() for layers in models for one, _ in layers)
     yield f"No layer comes to 0.95 with any of those that were tried (the best to {most:.2f}), and four times the text"
     yield "adds a few hundredths: between"
     yield "lie an attention and this layer's own experts, which nobody knows before they are computed."

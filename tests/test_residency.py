@@ -76,10 +76,6 @@ class ResidencyMachine(RuleBasedStateMachine):
     def used_elsewhere(self, wanted: tuple[BlobId, ...]) -> None:
         self.core.used_elsewhere(wanted)
 
-    @rule()
-    def forget_hints(self) -> None:
-        self.core.forget_hints()
-
     @rule(wanted=st.lists(groups, max_size=3))
     def foresee(self, wanted: list[tuple[BlobId, ...]]) -> None:
         self.core.foresee(wanted)
@@ -187,7 +183,7 @@ def test_what_was_used_elsewhere_is_read_where_there_is_room_or_it_is_worth_more
 def test_hints_that_are_taken_back_are_not_read() -> None:
     core = make(16)
     core.prefetch(group(0, 1))
-    core.forget_hints()
+    core.aim(())
     assert load_all(core) == []
     core.prefetch(group(2))
     assert load_all(core) == [blob(2)] and sorted(core.residents()) == [blob(2)]

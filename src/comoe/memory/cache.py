@@ -123,7 +123,6 @@ class BlobCache:
         """Read towards this: of `groups` what is not there when nothing is demanded, and nothing else that was hinted
         at. What is to `stay` leaves for what is demanded alone."""
         with self._changed:
-            self._residency.forget_hints()
             self._residency.aim(stay)
             for group in groups:
                 self._residency.prefetch(group)

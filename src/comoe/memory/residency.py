@@ -161,10 +161,6 @@ class Residency:
         """Whether `blob` is pinned for ever."""
         return blob in self._held
 
-    def forget_hints(self) -> None:
-        """Nothing that was hinted at is to be read any more."""
-        self._hints.clear()
-
     def residents(self) -> list[BlobId]:
         """All blobs in memory."""
         return [blob for blob, entry in self._entries.items() if not entry.loading]
@@ -192,8 +188,9 @@ class Residency:
 
     def aim(self, blobs: Iterable[BlobId]) -> None:
         """What is read towards does not leave for what nobody demanded: else what was read ahead, and is not used yet,
-        would leave for what is read next, again and again. Nothing else is hinted at."""
+        would leave for what is read next, again and again. Nothing else is hinted at, nor what was before."""
         self._aimed = frozenset(blobs)
+        self._hints.clear()
 
     def next_load(self) -> BlobId | None:
         """The blob to read now, once what `take_evictions` names is gone; None where nothing may start."""
@@ -258,9 +255,8 @@ class Residency:
                 f"experts need at least {self.smallest} bytes of memory, {capacity} were given.", self.smallest
             )
         self.capacity = capacity
-        self._hints.clear()
+        self.aim(())
         self._foreseen.clear()
-        self._aimed = frozenset()
         self._make_room(0, ())
         self._retract()
         self._make_room(0, ())
