@@ -27,7 +27,17 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from comoe.bench.driven import reading
-from comoe.bench.driven_figures import Count, gaps_ms, hit_share, identical, moved_bytes, recovery_s, waits_s, window
+from comoe.bench.driven_figures import (
+    Count,
+    edge_counts,
+    gaps_ms,
+    hit_share,
+    identical,
+    moved_bytes,
+    recovery_s,
+    waits_s,
+    window,
+)
 from comoe.bench.handover import CAPACITY_SHARE, COSTS, EDGES, STEADY_MBPS
 from comoe.bench.network import LARGE
 from comoe.bench.rows import Job, Row, RowFile, collect
@@ -109,13 +119,15 @@ def document(rows: Sequence[Row], steady_mbps: float) -> dict[str, Any]:
 
 def figures(rows: Sequence[Row]) -> dict[str, Any]:
     """Of sessions of one kind: `gap_p95_over_median_token` is of tokens within 5 s after a move, over the median of the
-    drive's, and the median of drives that have any; `hit_rate_recovery_s` the median of moves of which it can be
-    told, of which `recovered` is the share that did."""
+    drive's, and the median of drives that have any; `hit_rate_recovery_s` is of the edge tier, whichever node answered,
+    the median of moves of which it can be told, of which `recovered` is the share that did; `node_recovery_s` of the
+    node that serves alone."""
     drives = [row for row in rows if row["kind"] == DRIVE]
     faults = [row for row in rows if row["kind"] == FAULT]
     gaps = [row["soon_p95_ms"] / row["median_ms"] for row in drives if row["soon_p95_ms"] is not None]
     recovered = [seconds for row in drives for seconds in row["recovery_s"]]
     known = [seconds for seconds in recovered if seconds is not None]
+    alone = [seconds for row in drives for seconds in row["node_recovery_s"] if seconds is not None]
     return {
         "gap_p95_over_median_token": median(gaps) if gaps else None,
         "p95_over_median_token": median(row["p95_ms"] / row["median_ms"] for row in drives) if drives else None,
@@ -123,6 +135,7 @@ def figures(rows: Sequence[Row]) -> dict[str, Any]:
         "most_lost": max((row["loss"] for row in rows), default=None),
         "hit_rate_recovery_s": median(known) if known else None,
         "recovered": len(known) / len(recovered) if recovered else None,
+        "node_recovery_s": median(alone) if alone else None,
         "bytes_moved_share": max((share for row in drives for share in row["moved_share"]), default=None),
         "handovers": sum(len(row["moves"]) for row in drives),
         "moves_of_the_device": sum(len(row["stays"]) - 1 for row in drives),
@@ -166,7 +179,7 @@ class Driver:
             for node in (*run.site.edges, run.site.origin):
                 wires.enter_context(node.shaped(rate))
             run.through([Moment(at_s, partial(run.near, node)) for at_s, node in moves_s])
-        lines, counts = run.lines, run.counts
+        lines, counts, tier = run.lines, run.counts, edge_counts(run.lines)
         events = [event for event in lines[-1]["events"] if event[1] >= WARM_S]
         moves = [(at_s, run.number(before), run.number(node)) for kind, at_s, node, before in events if kind in MOVES]
         all_ms, soon_ms = gaps_ms(lines, [at_s for at_s, _, _ in moves], WARM_S)
@@ -187,7 +200,8 @@ class Driver:
             "p95_ms": float(np.quantile(all_ms, 0.95)),
             "soon_p95_ms": float(np.quantile(soon_ms, 0.95)) if soon_ms else None,
             "hit_share": [hit_share(of, WARM_S, WARM_S + WINDOW_S) for of in counts],
-            "recovery_s": [recovery_s(counts[before], counts[node], at_s) for at_s, before, node in moves],
+            "recovery_s": [recovery_s(tier, tier, at_s) for at_s, _, _ in moves],
+            "node_recovery_s": [recovery_s(counts[before], counts[node], at_s) for at_s, before, node in moves],
             "moved_share": [moved_bytes(counts[node], at_s, self._expert_nbytes) / whole for at_s, node in told],
             "stats": lines[-1]["stats"],
         }

@@ -11,6 +11,7 @@ from comoe.bench.driven_figures import (
     TOLD,
     Count,
     Known,
+    edge_counts,
     gaps_ms,
     hit_share,
     identical,
@@ -79,6 +80,12 @@ def test_a_node_is_back_once_it_hits_nearly_as_often_as_the_one_before() -> None
     assert recovery_s(before, after, 10.0) == 2.0
     assert recovery_s(before, after[:13], 10.0) is None
     assert recovery_s([], after, 10.0) is None
+
+
+def test_the_edge_tier_has_what_whichever_node_answered_had() -> None:
+    lines = [{"at_s": float(at), "edge_runs": 10 * at, "edge_read": min(at, 2)} for at in range(5)]
+    counts = edge_counts([*lines, LAST])
+    assert [hit_share(counts, at, at + 1.0) for at in (0.0, 2.0)] == [0.9, 1.0]
 
 
 def test_bytes_that_an_announcement_moved_are_neither_more_than_was_told_nor_than_was_pulled() -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
+from threading import Event
 from time import perf_counter
 from typing import Any
 
@@ -19,7 +20,8 @@ from sweep import Subject
 from comoe.forms.plain import PlainMath
 from comoe.net.remote_run import Node, Timed
 from comoe.net.wire import RunAnswer, RunRequest, encode_request
-from comoe.runtime.edgetier import Known, Link, Ran, RemoteTier, Wanted, known_answer, open_links
+from comoe.runtime.edgelink import Known, Link, known_answer, open_links
+from comoe.runtime.edgetier import LEAVING_S, WARM, Ran, RemoteTier, Wanted
 from comoe.runtime.load import Loader, load
 from comoe.runtime.options import Options
 from comoe.store.pack import Pack
@@ -167,53 +169,147 @@ def test_a_node_that_comes_back_is_used_again(packed: Path) -> None:
 
 
 class Fake:
-    """A node that answers the known question and all others, or nothing."""
+    """A node that answers the known question and all others, or nothing; not before it is `open`. It had `read` of what
+    it was asked for to read first."""
 
-    url, identity = "http://node", b""
+    identity = b""
 
-    def __init__(self, known: Known) -> None:
-        self.answers, self.asked, self.known = True, 0, known
+    def __init__(self, known: Known, url: str = "http://node") -> None:
+        self.answers, self.asked, self.known, self.url, self.read = True, 0, known, url, 0
+        self.open = Event()
+        self.open.set()
 
     def run(self, request: RunRequest) -> Timed:
         self.asked += 1
+        self.open.wait()
         if not self.answers:
             raise RemoteUnavailable("gone")
         y = np.repeat(self.known.answer, len(request.uses), axis=0)
-        return Timed(RunAnswer("float32", y, 0.001), 0.002, 100)
+        return Timed(RunAnswer("float32", y, 0.001, self.read), 0.002, 100)
 
     def close(self) -> None:
         pass
 
 
+class Tier:
+    """A tier of fake nodes, of which the first serves, at a clock that stands; `run` has a use run there."""
+
+    def __init__(self, packed: Path, *urls: str) -> None:
+        self.now_s = 100.0
+        self._pack = Pack(packed)
+        self._plain = PlainMath(self._pack.manifest.site(0), "silu", True)
+        known = known_answer(self._pack, self._plain, exact=True)
+        self.nodes = [Fake(known, url) for url in urls]
+        self.links = [Link(node, known, ThreadPoolExecutor(1)) for node in self.nodes]
+        for link in self.links:
+            link.measure(self.clock)
+        self.serving = urls[0]
+        self.tier = RemoteTier(self.links, lambda: self.serving, self._pack, lambda blob: 1.0, self.clock)
+
+    def clock(self) -> float:
+        return self.now_s
+
+    def run(self) -> list[Ran] | None:
+        x, row = torch.ones(1, self._plain.site.leaves[0].cols), torch.zeros(1, dtype=torch.long)
+        blobs = self._pack.manifest.blobs(ExpertId(0, 0), "exact")
+        sent = self.tier.send(0, self._plain, [Wanted(0, 0, "exact", blobs, row, torch.ones(1))], x)
+        return self.tier.outputs(sent, x.dtype) if sent is not None else None
+
+    def asked(self) -> list[int]:
+        """Once nobody is at work."""
+        for link in self.links:
+            until(lambda link=link: not link.busy)
+        return [node.asked for node in self.nodes]
+
+    def close(self) -> None:
+        for node in self.nodes:
+            node.open.set()
+        self.tier.close()
+        self._pack.close()
+
+
 def test_a_node_that_failed_once_rests_is_asked_how_it_is_and_runs_again(packed: Path) -> None:
-    now_s = 100.0
-    with closing(Pack(packed)) as pack:
-        plain = PlainMath(pack.manifest.site(0), "silu", True)
-        node = Fake(known_answer(pack, plain, exact=True))
-        link = Link(node, node.known, ThreadPoolExecutor(1))
-        link.measure(lambda: now_s)
-        x, row = torch.ones(1, plain.site.leaves[0].cols), torch.zeros(1, dtype=torch.long)
-        one = Wanted(0, 0, "exact", pack.manifest.blobs(ExpertId(0, 0), "exact"), row, torch.ones(1))
+    with closing(Tier(packed, "http://node")) as of:
+        (node,), (link,) = of.nodes, of.links
+        assert of.tier.ready() and of.run() is not None
+        node.answers = False
+        assert of.run() is None and not of.tier.ready()
+        of.now_s += 1.5
+        assert not of.tier.ready()  # it has rested, but does not answer
+        until(lambda: link.failures == 2)
+        node.answers, asked = True, node.asked
+        of.now_s += 1.5
+        assert of.run() is None and node.asked == asked  # it rests, twice as long
+        of.now_s += 1.0
+        of.tier.ready()  # asks it
+        until(lambda: node.asked > asked)
+        until(of.tier.ready)
+        assert of.run() is not None
 
-        def run(tier: RemoteTier) -> list[Ran] | None:
-            sent = tier.send(0, plain, [one], x)
-            return tier.outputs(sent, x.dtype) if sent is not None else None
 
-        with closing(RemoteTier([link], lambda: node.url, pack, lambda blob: 1.0, lambda: now_s)) as tier:
-            assert tier.ready() and run(tier) is not None
-            node.answers = False
-            assert run(tier) is None and not tier.ready()
-            now_s += 1.5
-            assert not tier.ready()  # it has rested, but does not answer
-            until(lambda: link.failures == 2)
-            node.answers, asked = True, node.asked
-            now_s += 1.5
-            assert run(tier) is None and node.asked == asked  # it rests, twice as long
-            now_s += 1.0
-            tier.ready()  # asks it
-            until(lambda: node.asked > asked)
-            until(tier.ready)
-            assert run(tier) is not None
+def test_while_the_node_that_serves_reads_the_one_before_answers(packed: Path) -> None:
+    with closing(Tier(packed, "http://old", "http://new")) as of:
+        old, new = of.nodes
+        assert of.run() is not None
+        of.serving = new.url
+        new.open.clear()
+        of.tier.ready()  # asks the new one how it is, and that takes its time
+        asked = old.asked, new.asked
+        for _ in range(3):
+            assert of.run() is not None
+        assert old.asked == asked[0] + 3 and new.asked <= asked[1] + 1
+        assert of.tier.counts.failures == 0 and of.tier.counts.uses == 4
+
+
+def test_the_one_before_is_asked_until_the_one_that_serves_had_all_in_memory_for_a_while(packed: Path) -> None:
+    with closing(Tier(packed, "http://old", "http://new")) as of:
+        old, new = of.nodes
+
+        def answered_by(node: Fake, times: int) -> None:
+            """The other one is late."""
+            for _ in range(times):
+                other = new if node is old else old
+                other.open.clear()
+                assert of.run() is not None
+                other.open.set()
+                of.asked()
+
+        answered_by(old, 1)
+        of.serving, new.read = new.url, 1
+        answered_by(old, WARM)
+        answered_by(new, WARM)  # which had to read
+        before = old.asked
+        answered_by(old, 1)
+        assert old.asked == before + 1
+        new.read = 0
+        answered_by(new, WARM)
+        before = old.asked
+        answered_by(new, 2)
+        assert old.asked == before
+        assert of.tier.counts.read == WARM and of.tier.counts.failures == 0
+
+
+@pytest.mark.parametrize("end", ["fails", "time"])
+def test_the_one_before_is_asked_no_more_once_it_fails_or_for_long_enough(packed: Path, end: str) -> None:
+    with closing(Tier(packed, "http://old", "http://new")) as of:
+        old, new = of.nodes
+        assert of.run() is not None
+        of.serving, new.read = new.url, 1
+        assert of.run() is not None
+        of.asked()
+        before = old.asked
+        if end == "fails":
+            old.answers = False
+            while old.asked == before:  # an exchange that has not begun when the other one answers never does
+                assert of.run() is not None
+                of.asked()
+        else:
+            of.now_s += LEAVING_S + 1
+        before = old.asked
+        for _ in range(3):
+            assert of.run() is not None
+            of.asked()
+        assert old.asked == before
 
 
 def test_what_is_waited_for_runs_on_the_node_once_it_is_back(packed: Path) -> None:

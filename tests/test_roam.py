@@ -60,6 +60,16 @@ def test_announcements_warm_the_next_node() -> None:
     assert took[1] <= took[0]
 
 
+def test_the_node_before_answers_what_the_next_one_has_not_yet() -> None:
+    alone, both = roamed(Policy(rule=Rule(trigger_s=1.0))), roamed(Policy(both=True))
+    assert handovers(alone) == handovers(both)
+    moved_s = handovers(both)[0]
+    assert recovery_s(both.tokens, moved_s) == 0.0 < recovery_s(alone.tokens, moved_s)
+    assert max(after(both, [moved_s], 5.0)) < 0.02 + 2 * 0.15
+    later = [np.median([token.took_s for token in found.tokens if token.at_s > 90]) for found in (alone, both)]
+    assert later[1] == pytest.approx(later[0], rel=0.1)  # the near one alone, once it is warm
+
+
 def test_a_cut_link_leaves_the_device_to_its_flash_and_comes_back() -> None:
     found = roamed(Policy(), Fault("cut", 20.0, 50.0))
     assert found.counts["lost"] == 1 and found.counts["back"] == 1

@@ -57,10 +57,10 @@ def test_of_a_summed_request_the_answer_counts_by_rows() -> None:
         decode_request(data[:7] + b"\x01" + data[8:])  # gated alone
 
 
-@given(requests(), st.floats(0, 1000))
-def test_an_answer_arrives_as_it_was_sent(request_: RunRequest, seconds: float) -> None:
-    found = decode_answer(encode_answer(RunAnswer(request_.dtype, request_.x, seconds)))
-    assert found.dtype == request_.dtype and same_bits(found.y, request_.x)
+@given(requests(), st.floats(0, 1000), st.integers(0, 256))
+def test_an_answer_arrives_as_it_was_sent(request_: RunRequest, seconds: float, read: int) -> None:
+    found = decode_answer(encode_answer(RunAnswer(request_.dtype, request_.x, seconds, read)))
+    assert found.dtype == request_.dtype and same_bits(found.y, request_.x) and found.read == read
     assert found.seconds == pytest.approx(seconds, abs=1e-6)
 
 
@@ -69,7 +69,7 @@ def test_an_answer_arrives_as_it_was_sent(request_: RunRequest, seconds: float) 
 @example(b"CMRQ")
 @example(REQUEST_HEAD.pack(b"CMRQ", VERSION, 0, 0, 0, bytes(8), 0, 65535, 65535, 65535))
 @example(REQUEST_HEAD.pack(b"CMRQ", VERSION, 0, 0, 4, bytes(8), 0, 0, 0, 0))
-@example(ANSWER_HEAD.pack(b"CMRA", VERSION, 0, 65535, 65535, 0))
+@example(ANSWER_HEAD.pack(b"CMRA", VERSION, 0, 65535, 65535, 0, 0))
 def test_garbage_is_one_error(data: bytes) -> None:
     for decode in (decode_request, decode_answer):
         with pytest.raises(HostileMessage):

@@ -109,7 +109,7 @@ class Driven:
             self._model.comoe.begin_request()
             for at, step in enumerate(steps(evaluation, prompt, target)):
                 at_s = self._now_s
-                self._write({"turn": turn, "at": at, "at_s": at_s, **step._asdict()})
+                self._write({"turn": turn, "at": at, "at_s": at_s, **self._edge(), **step._asdict()})
                 due_s = max(at_s, due_s + self._orders["reader_s"])
                 sleep(max(0.0, due_s - self._now_s))
 
@@ -122,6 +122,11 @@ class Driven:
             serving.remote._read_s = lambda blob: SLOW_S
             serving.cache.used_elsewhere = lambda groups: None
         self._model, self._loaded_s = model, self._now_s
+
+    def _edge(self) -> dict[str, int]:
+        """What nodes ran so far, and what of it they had to read first; nothing where none runs any."""
+        remote = self._model.comoe._serving.remote
+        return {"edge_runs": remote.counts.uses, "edge_read": remote.counts.read} if remote is not None else {}
 
     @property
     def _now_s(self) -> float:

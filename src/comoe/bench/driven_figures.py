@@ -77,6 +77,17 @@ def waits_s(lines: Sequence[Row], begin_s: float, end_s: float) -> list[float]:
     return [later_s - sooner_s for sooner_s, later_s in pairwise(moments)]
 
 
+def edge_counts(lines: Sequence[Row]) -> list[Count]:
+    """What the edge tier, whichever node answered, had in memory of what this device asked, as a node counts it."""
+    return [
+        Count(
+            line["at_s"],
+            {RAM.format("hit"): line["edge_runs"] - line["edge_read"], RAM.format("miss"): line["edge_read"]},
+        )
+        for line in lines[:-1]
+    ]
+
+
 def gaps_ms(lines: Sequence[Row], moves_s: Sequence[float], begin_s: float) -> tuple[list[float], list[float]]:
     """What tokens took: all from `begin_s` on, and those that came within `SOON_S` after one of the moves."""
     tokens = [line for line in lines[:-1] if line["at_s"] >= begin_s]

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from comoe.bench.document import Document, checkpoints, published, settings, workplace
-from comoe.bench.handover_figures import ANNOUNCED, DRIVE, FAULT, NEAREST, RULE, SLOW, STAY, figures, page
+from comoe.bench.handover_figures import ANNOUNCED, BOTH, DRIVE, FAULT, NEAREST, RULE, SLOW, STAY, figures, page
 from comoe.bench.material import read_material
 from comoe.bench.network import Scope, Traveller
 from comoe.bench.rows import Job, Row, RowFile, collect
@@ -147,6 +147,7 @@ def drive_row(of: Driver, drive: Drive) -> Row:
         RULE: Policy(),
         SLOW: Policy(Rule(trigger_s=3.0)),
         ANNOUNCED: Policy(hot=of.num_hot),
+        BOTH: Policy(hot=of.num_hot, both=True),
     }
     found = {
         name: Roamer(stays, rate, of.misses, COSTS, policy, history=of.history(drive)).run()
@@ -165,7 +166,8 @@ def fault_row(of: Driver, kind: str) -> Row:
     fault = Fault(kind, FAULT_AT_S, end_s)
     rate = LinkRate.steady(STEADY_MBPS * BPS_PER_MBPS, FAULT_DRIVE_S)
     stays = [stay._replace(begin_s=0.0, end_s=FAULT_DRIVE_S)]
-    roamer = Roamer(stays, rate, of.misses, COSTS, Policy(hot=of.num_hot), fault, warm={node: {} for node in nodes})
+    policy = Policy(hot=of.num_hot, both=True)
+    roamer = Roamer(stays, rate, of.misses, COSTS, policy, fault, warm={node: {} for node in nodes})
     roamed = roamer.run()
     during = [token.took_s for token in roamed.tokens if FAULT_AT_S <= token.at_s <= FAULT_AT_S + FAULT_S]
     moves = [(at_s, node, event) for at_s, node, event in roamed.moves if at_s > FAULT_AT_S]

@@ -91,11 +91,12 @@ class Roaming:
         return [node for node in self._probes if node not in self._unasked and node not in self._problems]
 
     def close(self) -> None:
-        """Stop probing; idempotent."""
+        """Stop probing: none serves from then on; idempotent."""
         self._closing.set()
         for thread in self._threads:
             if thread.is_alive():
                 thread.join()
+        self._machine.serving = None
         for probe in self._probes.values():
             probe.close()
 

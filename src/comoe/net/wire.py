@@ -8,7 +8,8 @@ All numbers are little-endian. A request, the body of `POST /packs/NAME/run`:
 
 and its answer:
 
-    magic "CMRA", u8 version, u8 dtype, u16 rows R, u16 width H, u32 microseconds at the node, then y, (R, H) of dtype
+    magic "CMRA", u8 version, u8 dtype, u16 rows R, u16 width H, u16 experts that the node had to read first,
+    u32 microseconds at the node, then y, (R, H) of dtype
 
 Use i is expert `expert[i]` in the form with that index in the manifest, on row `row[i]` of x: y[i] is its output times
 `gate[i]`, rounded to the dtype as torch rounds. Of a summed request, y[j] is the sum of those of row j's uses, in any
@@ -24,11 +25,11 @@ import numpy.typing as npt
 from comoe.kernels.native import ACTIVATIONS
 from comoe.types import DTYPE_BYTES, HostileMessage
 
-VERSION = 2
+VERSION = 3
 IDENTITY_BYTES = 8
 REQUEST_MAGIC, ANSWER_MAGIC = b"CMRQ", b"CMRA"
 REQUEST_HEAD = struct.Struct("<4sBBBB8sHHHH")
-ANSWER_HEAD = struct.Struct("<4sBBHHI")
+ANSWER_HEAD = struct.Struct("<4sBBHHHI")
 USE_BYTES = 2 + 2 + 4 + 1
 GATED, SUMMED = 1, 2
 DTYPES = tuple(DTYPE_BYTES)
@@ -78,11 +79,13 @@ class RunRequest:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RunAnswer:
-    """`y` (R, H) is float32 here and of `dtype` on the wire; `seconds` is the time that the node took."""
+    """`y` (R, H) is float32 here and of `dtype` on the wire; `seconds` is the time that the node took, `read` how many
+    experts were not in its memory."""
 
     dtype: str
     y: Floats
     seconds: float
+    read: int = 0
 
 
 def encode_request(request: RunRequest) -> bytes:
@@ -133,7 +136,7 @@ def encode_answer(answer: RunAnswer) -> bytes:
     rows, width = answer.y.shape
     _check_sizes(1, rows, width, answer.dtype)
     microseconds = min(MAX_MICROSECONDS, max(0, round(1e6 * answer.seconds)))
-    head = ANSWER_HEAD.pack(ANSWER_MAGIC, VERSION, DTYPES.index(answer.dtype), rows, width, microseconds)
+    head = ANSWER_HEAD.pack(ANSWER_MAGIC, VERSION, DTYPES.index(answer.dtype), rows, width, answer.read, microseconds)
     return head + to_wire(answer.y, answer.dtype)
 
 
@@ -141,12 +144,12 @@ def decode_answer(data: bytes) -> RunAnswer:
     """The answer that `data` is. Raises HostileMessage for anything else."""
     if len(data) < ANSWER_HEAD.size:
         raise HostileMessage(f"{len(data)} bytes are no answer of experts.")
-    magic, version, code, rows, width, microseconds = ANSWER_HEAD.unpack_from(data)
+    magic, version, code, rows, width, read, microseconds = ANSWER_HEAD.unpack_from(data)
     _check_head(magic == ANSWER_MAGIC, version, code)
     _check_sizes(1, rows, width, DTYPES[code])
     _check_length(data, ANSWER_HEAD.size + rows * width * DTYPE_BYTES[DTYPES[code]])
     y = from_wire(data, ANSWER_HEAD.size, (rows, width), DTYPES[code])
-    return RunAnswer(DTYPES[code], y, microseconds / 1e6)
+    return RunAnswer(DTYPES[code], y, microseconds / 1e6, read)
 
 
 def to_wire(x: Floats, dtype: str) -> bytes:

@@ -150,8 +150,8 @@ class Comoe:
         `plan_switches` plans followed a link since the model was loaded.
         `edge_events` counts what became of links to edge nodes since then, by kind, and `announced_experts` those that
         nodes were told of; `edge` is the node that serves, None without a link.
-        `edge_runs` uses were run by edge nodes since then, in `edge_bytes` of messages; `edge_failures` requests to
-        them failed, and the device read instead.
+        `edge_runs` uses were run by edge nodes since then, in `edge_bytes` of messages, `edge_read` of them of experts
+        that the node had to read first; `edge_failures` requests to them failed, and the device read instead.
         `calibration_distance` is how many times the error of calibration text this request's experts have, over all
         steps of the chain; `like_calibration` says whether certified losses hold for such text. Where they do not,
         `loss_ledger` is higher by as much as was measured. None where no loss was allowed, or none was certified.
@@ -176,6 +176,7 @@ class Comoe:
             "edge_events": self.nodes.counts if self.nodes is not None else {},
             "announced_experts": self.nodes.announced.experts if self.nodes is not None else 0,
             "edge_runs": remote.uses,
+            "edge_read": remote.read,
             "edge_failures": remote.failures,
             "edge_bytes": remote.nbytes,
             "prefetched_bytes": cache.tally.prefetched,

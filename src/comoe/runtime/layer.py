@@ -234,7 +234,7 @@ class ServedLayer:
                     yield ran
             finally:
                 if sent is not None:
-                    sent.exchange.cancel()  # if it never began: what was read beside it could not be
+                    sent.cancel()  # if it never began: what was read beside it could not be
 
     def _answered(self, sent: Sent | None, chunk: Chunk) -> Iterator[Ran]:
         """What the node makes of what was sent; nothing where it fails. Raises Late: a coarse form is sooner there."""

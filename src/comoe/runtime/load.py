@@ -32,7 +32,8 @@ from comoe.plan.planner import Plan, Planner, uniform
 from comoe.runtime.bias import attach_bias
 from comoe.runtime.budget import FIRST_TOKENS, WarmUp, warm_up
 from comoe.runtime.choices import Choices, conditions
-from comoe.runtime.edgetier import RemoteTier, known_answer, open_links
+from comoe.runtime.edgelink import known_answer, open_links
+from comoe.runtime.edgetier import RemoteTier
 from comoe.runtime.experts import TORCH_DTYPES, SiteMath
 from comoe.runtime.handle import Comoe, Promise
 from comoe.runtime.hook import attach
@@ -230,8 +231,7 @@ class Loader:
 
     def _steps(self, plan: Plan, budget: int) -> list[Rung]:
         """What a link's plans may read towards, coarse to fine; none where outputs are to depend on no link."""
-        given = self.pin is not None or self.options.log
-        if plan.floor is None or given or not self.pack.remote:
+        if plan.floor is None or self.pin is not None or self.options.log or not self.pack.remote:
             return []
         return steps(self.ladder, plan, budget, self.options.max_loss)
 

@@ -4,6 +4,7 @@ What a device may ask for is docs/network.md. Sockets, TLS and signals are `serv
 """
 
 import asyncio
+from collections.abc import Sequence
 from http import HTTPStatus
 from time import perf_counter
 from typing import Annotated, Any
@@ -25,7 +26,7 @@ from comoe.serve.limits import Limits
 from comoe.serve.metrics import Metrics
 from comoe.serve.sending import BINARY, FileAnswer, Readers
 from comoe.serve.shelf import Served, Shelf
-from comoe.types import ExpertId, HostileMessage, PackError, RemoteUnavailable
+from comoe.types import BlobId, ExpertId, HostileMessage, PackError, RemoteUnavailable
 
 SENTENCES = {
     404: "there is nothing here: ask for /packs/NAME/FILE.",
@@ -112,14 +113,15 @@ class EdgeNode:
             raise HTTPException(400, str(error)) from error
         if not same_pack(served, asked):
             raise HTTPException(409, f"the pack {name!r} here is another one: /health says which.")
-        y = await self._outputs(key, asked)
-        answer = RunAnswer(asked.dtype, y, perf_counter() - began_s)
+        missing = self._runs.missing(key, asked)
+        y = await self._outputs(key, asked, missing)
+        answer = RunAnswer(asked.dtype, y, perf_counter() - began_s, len(missing))
         return Response(encode_answer(answer), media_type=BINARY)
 
-    async def _outputs(self, key: Key, asked: RunRequest) -> Floats:
+    async def _outputs(self, key: Key, asked: RunRequest, missing: Sequence[tuple[BlobId, ...]]) -> Floats:
+        """What `asked` comes to, once what is `missing` was read."""
         try:
             async with asyncio.timeout(self.limits.run_s):
-                missing = self._runs.missing(key, asked)
                 if missing:
                     loop = asyncio.get_running_loop()
                     await loop.run_in_executor(self._readers.waiting, self._runs.fetch, missing)

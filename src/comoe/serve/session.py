@@ -48,11 +48,13 @@ class SessionMetrics(Collector):
     def collect(self) -> Iterator[Metric]:
         running, stats = self._running, self._running.stats()
         uses, hits = running.used()
+        ran, not_there = stats["edge_runs"], stats["edge_read"]
         results = [(("ram", "hit"), hits), (("ram", "miss"), uses - hits)]
+        results += [(("edge", "hit"), ran - not_there), (("edge", "miss"), not_there)]
         yield _counted("comoe_expert_requests", "Uses of experts, by whether their form was in memory", results)
         read = [((tier,), nbytes) for tier, nbytes in running.cache.stats.bytes_read.items()]
         yield _counted("comoe_expert_bytes", "Bytes of blobs that were read, by tier", read, ("tier",))
-        yield _counted("comoe_edge_runs", "Uses that edge nodes ran", [((), stats["edge_runs"])], ())
+        yield _counted("comoe_edge_runs", "Uses that edge nodes ran", [((), ran)], ())
         yield _counted("comoe_edge_failures", "Requests to run that failed", [((), stats["edge_failures"])], ())
         yield _shown("comoe_resident_bytes", "Memory of resident blobs", [(("ram",), running.cache.resident_bytes)])
         yield _shown("comoe_budget_bytes", "Memory that blobs may take", [((), running.cache.capacity)], ())

@@ -25,6 +25,10 @@ QUIET_BPS = 2000.0
 """Bytes per second below which nothing gets through in time."""
 
 
+IN_A_ROW = 16
+"""After so many answers of what the node that serves had in memory, the one before is asked no more."""
+
+
 class RoundTrip(NamedTuple):
     """Of a log-normal distribution: its median and its 95th percentile, in seconds."""
 
@@ -56,16 +60,18 @@ class Fault(NamedTuple):
 
 
 class Policy(NamedTuple):
-    """Whether who is near serves at once, or by a `rule`, or the first one for ever (no rule); and how many of the
-    session's last experts are announced to who may serve next: `hot`."""
+    """Whether who is near serves at once, or by a `rule`, or the first one for ever (no rule); how many of the
+    session's last experts are announced to who may serve next: `hot`; and whether the node before is asked, too:
+    `both`."""
 
     rule: Rule | None = DEFAULT_RULE
     at_once: bool = False
     hot: int = 0
+    both: bool = False
 
 
 class Token(NamedTuple):
-    """When it came, how long it took, and of what ran elsewhere how much the node had in memory."""
+    """When it came, how long it took, and of what ran elsewhere how much the node that answered had in memory."""
 
     at_s: float
     took_s: float
@@ -109,6 +115,9 @@ class Roamer:
     _random: np.random.Generator = field(init=False)
     _recent: dict[BlobId, None] = field(init=False, default_factory=dict)
     _moves: list[tuple[float, str, str]] = field(init=False, default_factory=list)
+    _busy_s: dict[str, float] = field(init=False, default_factory=dict)
+    _left: str | None = None
+    _in_a_row: int = 0
     _announced: int = 0
     _victim: str | None = None
     _waiting_since_s: float | None = None
@@ -154,10 +163,8 @@ class Roamer:
         if node is None:
             self._until(self._now_s + len(group) * self.costs.flash_s)
             return 0, 0
-        warm = [self.warm[node].get(blob, inf) <= self._now_s for blob in group]
-        takes_s = self._trip(node) + warm.count(False) * self.costs.origin_s
+        until_s, warm = self._sooner(node, group)
         self._waiting_since_s = self._now_s
-        until_s = self._now_s + takes_s
         while self._now_s < until_s or not self._through(node):
             self._until(min(self._next_probe_s, until_s) if self._now_s < until_s else self._next_probe_s)
             if self._machine.serving != node:
@@ -165,8 +172,27 @@ class Roamer:
                 self._until(self._now_s + len(group) * self.costs.flash_s)
                 return 0, 0
         self._waiting_since_s = None
-        self.warm[node] |= {blob: min(self._now_s, self.warm[node].get(blob, inf)) for blob in group}
-        return len(group), sum(warm)
+        return len(group), warm
+
+    def _sooner(self, node: str, group: Sequence[BlobId]) -> tuple[float, int]:
+        """When a group of blobs has run, on the node that serves or on the one before, and how much of it was there."""
+        if self._in_a_row >= IN_A_ROW:
+            self._left = None
+        left = self._left if self.policy.both and self._left is not None and self._through(self._left) else None
+        answers = [] if left is None else [self._asked(left, group)]
+        if left is None or self._now_s >= self._busy_s.get(node, 0.0):
+            answers.append(self._asked(node, group))
+            self._busy_s[node] = answers[-1][0]
+            self._in_a_row = self._in_a_row + 1 if answers[-1][1] == len(group) else 0
+        return min(answers)
+
+    def _asked(self, node: str, group: Sequence[BlobId]) -> tuple[float, int]:
+        """When a node answers, and how much of it was in its memory; afterwards all of it is."""
+        warm = self.warm[node]
+        there = [warm.get(blob, inf) <= self._now_s for blob in group]
+        until_s = self._now_s + self._trip(node) + there.count(False) * self.costs.origin_s
+        warm |= {blob: min(until_s, warm.get(blob, inf)) for blob in group}
+        return until_s, sum(there)
 
     def _trip(self, node: str) -> float:
         return (self.costs.near if node == self.near(self._now_s) else self.costs.far).draw(self._random)
@@ -222,6 +248,7 @@ class Roamer:
                 self._announce(event.node)
             if event.kind in ("attached", "handover", "back"):
                 self._moves.append((self._now_s, event.node, event.kind))
+                self._left, self._in_a_row = event.before, 0
         if self._machine.serving != before:
             self._waiting_since_s = None
 
