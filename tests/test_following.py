@@ -178,3 +178,12 @@ def test_what_another_text_uses_is_soon_read_towards(web: Web, tmp_path: Path) -
             found = following._use()
         assert found[experts - 1] > 2 * found[0] > 0
         assert found[1] < before[1]
+
+
+def test_once_it_is_closed_nothing_is_aimed_at(web: Web, tmp_path: Path) -> None:
+    model = loaded(web, tmp_path)
+    with model.comoe as handle:
+        following, hints = halted(model), []
+        handle.cache.aim = lambda groups, stay: hints.append((groups, stay))
+        following.close()
+        assert hints == [([], [])]

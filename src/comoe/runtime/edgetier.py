@@ -34,8 +34,8 @@ REFRESH_S = 2.0
 """A node that was not used for so long is asked the known question, to know what its link is now."""
 
 WARM, LEAVING_S = 16, 30.0
-"""The node that served before is asked, too, until the one that serves gave so many answers in a row of what it had in
-memory, for so long at most."""
+"""The node that served before is asked, too, for so long at most, unless so many answers of the one that serves were
+of what it had in memory, the last ones."""
 
 
 class Wanted(NamedTuple):
@@ -222,10 +222,10 @@ class RemoteTier:
         left, link = self._left, self._at
         if left is None or link is None:
             return []
-        if link.warm >= WARM or now_s - self._since_s > LEAVING_S or left.broke or not left.well:
+        if now_s - self._since_s > LEAVING_S or left.broke or not left.well:
             self._left = None
             return []
-        return [] if left.busy else [left]
+        return [] if link.warm >= WARM or left.busy else [left]
 
     def _request(
         self, link: Link, layer: int, plain: PlainMath, wanted: Sequence[Wanted], x: Tensor

@@ -92,6 +92,11 @@ class Following(Periodic):
         if self._follower.plan is not None and not self._serving.laying:  # the floor comes first
             self._read(self._follower.plan, resident, use)
 
+    def close(self) -> None:
+        """Stop; what is there may leave again, and misses hint at what they want."""
+        super().close()
+        self._serving.cache.aim([], [])
+
     def _followed(self, plan: LinkPlan) -> bool:
         """Whether the model goes on by a plan: not where memory shrank so far that it has no room."""
         floor = self._serving.plan.floor

@@ -26,7 +26,7 @@ QUIET_BPS = 2000.0
 
 
 IN_A_ROW = 16
-"""After so many answers of what the node that serves had in memory, the one before is asked no more."""
+"""After so many answers of what the node that serves had in memory, the one before is not asked."""
 
 
 class RoundTrip(NamedTuple):
@@ -176,9 +176,8 @@ class Roamer:
 
     def _sooner(self, node: str, group: Sequence[BlobId]) -> tuple[float, int]:
         """When a group of blobs has run, on the node that serves or on the one before, and how much of it was there."""
-        if self._in_a_row >= IN_A_ROW:
-            self._left = None
-        left = self._left if self.policy.both and self._left is not None and self._through(self._left) else None
+        asks = self.policy.both and self._in_a_row < IN_A_ROW
+        left = self._left if asks and self._left is not None and self._through(self._left) else None
         answers = [] if left is None else [self._asked(left, group)]
         if left is None or self._now_s >= self._busy_s.get(node, 0.0):
             answers.append(self._asked(node, group))
