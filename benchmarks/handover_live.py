@@ -39,12 +39,14 @@ from comoe.bench.driven_figures import (
     window,
 )
 from comoe.bench.handover import CAPACITY_SHARE, COSTS, EDGES, STEADY_MBPS
+from comoe.bench.handover_figures import recovery
 from comoe.bench.network import LARGE
 from comoe.bench.rows import Job, Row, RowFile, collect
 from comoe.device.machine import machine
 from comoe.make.trace import CONTEXT
 from comoe.net.origin import CHUNK_BYTES
 from comoe.plan.ladder import ladder_of
+from comoe.runtime.edgetier import HELP_S, WARM
 from comoe.sim.mobility import Drive, Stay, edges_of, read_drives, read_sites
 from comoe.sim.traces import BPS_PER_MBPS, LinkRate, read_link_trace
 from comoe.store.decisions import identity
@@ -120,22 +122,21 @@ def document(rows: Sequence[Row], steady_mbps: float) -> dict[str, Any]:
 def figures(rows: Sequence[Row]) -> dict[str, Any]:
     """Of sessions of one kind: `gap_p95_over_median_token` is of tokens within 5 s after a move, over the median of the
     drive's, and the median of drives that have any; `hit_rate_recovery_s` is of the edge tier, whichever node answered,
-    the median of moves of which it can be told, of which `recovered` is the share that did; `node_recovery_s` of the
-    node that serves alone."""
+    the median of moves of which it can be told, of which `recovered` is the share that did; `node_recovery_s` and
+    `node_recovered` are of the node that serves alone."""
     drives = [row for row in rows if row["kind"] == DRIVE]
     faults = [row for row in rows if row["kind"] == FAULT]
     gaps = [row["soon_p95_ms"] / row["median_ms"] for row in drives if row["soon_p95_ms"] is not None]
-    recovered = [seconds for row in drives for seconds in row["recovery_s"]]
-    known = [seconds for seconds in recovered if seconds is not None]
-    alone = [seconds for row in drives for seconds in row["node_recovery_s"] if seconds is not None]
+    tier, node = recovery(drives, "recovery_s"), recovery(drives, "node_recovery_s")
     return {
         "gap_p95_over_median_token": median(gaps) if gaps else None,
         "p95_over_median_token": median(row["p95_ms"] / row["median_ms"] for row in drives) if drives else None,
         "identical": all(row["identical"] for row in rows),
         "most_lost": max((row["loss"] for row in rows), default=None),
-        "hit_rate_recovery_s": median(known) if known else None,
-        "recovered": len(known) / len(recovered) if recovered else None,
-        "node_recovery_s": median(alone) if alone else None,
+        "hit_rate_recovery_s": tier.seconds,
+        "recovered": tier.share,
+        "node_recovery_s": node.seconds,
+        "node_recovered": node.share,
         "bytes_moved_share": max((share for row in drives for share in row["moved_share"]), default=None),
         "handovers": sum(len(row["moves"]) for row in drives),
         "moves_of_the_device": sum(len(row["stays"]) - 1 for row in drives),
@@ -157,6 +158,7 @@ class Driver:
 
     def jobs(self, drives: Sequence[Drive]) -> Iterator[Job]:
         depends = {"pack": identity(self._manifest), "machine": machine(), "tokens": TOKENS, "bps": self._steady_bps}
+        depends["help"] = [WARM, HELP_S]
         for session, bound in BOUNDS.items():
             of = {"model": self._pack.name, "session": session}
             on = {**depends, "bound": bound}

@@ -4,6 +4,7 @@ import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from threading import Event
 from time import perf_counter
@@ -18,10 +19,11 @@ from models import PROMPT, Answer, answer, greedy
 from sweep import Subject
 
 from comoe.forms.plain import PlainMath
+from comoe.net import remote_run
 from comoe.net.remote_run import Node, Timed
 from comoe.net.wire import RunAnswer, RunRequest, encode_request
 from comoe.runtime.edgelink import Known, Link, known_answer, open_links
-from comoe.runtime.edgetier import LEAVING_S, WARM, Ran, RemoteTier, Wanted
+from comoe.runtime.edgetier import HELP_S, WARM, Ran, RemoteTier, Wanted
 from comoe.runtime.load import Loader, load
 from comoe.runtime.options import Options
 from comoe.store.pack import Pack
@@ -218,7 +220,7 @@ class Tier:
     def asked(self) -> list[int]:
         """Once nobody is at work."""
         for link in self.links:
-            until(lambda link=link: not link.busy)
+            link.thread.submit(lambda: None).result()
         return [node.asked for node in self.nodes]
 
     def close(self) -> None:
@@ -247,73 +249,105 @@ def test_a_node_that_failed_once_rests_is_asked_how_it_is_and_runs_again(packed:
         assert of.run() is not None
 
 
-def test_while_the_node_that_serves_reads_the_one_before_answers(packed: Path) -> None:
+@pytest.fixture
+def moved(packed: Path) -> Iterator[Tier]:
+    """A tier whose second node took over and had to read what it was asked for, so that the first one answered."""
     with closing(Tier(packed, "http://old", "http://new")) as of:
-        old, new = of.nodes
         assert of.run() is not None
-        of.serving = new.url
-        new.open.clear()
-        of.tier.ready()  # asks the new one how it is, and that takes its time
-        asked = old.asked, new.asked
-        for _ in range(3):
-            assert of.run() is not None
-        assert old.asked == asked[0] + 3 and new.asked <= asked[1] + 1
-        assert of.tier.counts.failures == 0 and of.tier.counts.uses == 4
+        of.serving, of.nodes[1].read = of.nodes[1].url, 1
+        answered_by(of, of.nodes[0])
+        yield of
 
 
-def test_the_one_before_is_asked_until_the_one_that_serves_had_all_in_memory_for_a_while(packed: Path) -> None:
-    with closing(Tier(packed, "http://old", "http://new")) as of:
-        old, new = of.nodes
+def answered_by(of: Tier, node: Fake, times: int = 1) -> None:
+    """Uses run, and every other node is late; nobody is at work afterwards."""
+    for _ in range(times):
+        others = [other for other in of.nodes if other is not node]
+        for other in others:
+            other.open.clear()
+        assert of.run() is not None
+        for other in others:
+            other.open.set()
+        of.asked()
 
-        def answered_by(node: Fake, times: int) -> None:
-            """The other one is late."""
-            for _ in range(times):
-                other = new if node is old else old
-                other.open.clear()
-                assert of.run() is not None
-                other.open.set()
-                of.asked()
 
-        answered_by(old, 1)
-        of.serving, new.read = new.url, 1
-        answered_by(old, WARM)
-        answered_by(new, WARM)  # which had to read
-        before = old.asked
-        answered_by(old, 1)
-        assert old.asked == before + 1
-        new.read = 0
-        answered_by(new, WARM)
-        before = old.asked
-        answered_by(new, 2)
-        assert old.asked == before
-        new.read = 1
-        answered_by(new, 1)
-        answered_by(old, 1)
-        assert old.asked == before + 1  # again, for there is more to read
-        assert of.tier.counts.read == WARM + 1 and of.tier.counts.failures == 0
+def test_while_the_node_that_serves_reads_the_one_before_answers(moved: Tier) -> None:
+    old, new = moved.nodes
+    asked = old.asked, new.asked
+    new.open.clear()
+    for _ in range(3):
+        assert moved.run() is not None
+    assert (old.asked, new.asked) == (asked[0] + 3, asked[1] + 1)  # it has not come to the others
+    assert moved.tier.counts.failures == 0 and moved.tier.counts.uses == 5
+
+
+def test_answers_that_nobody_waited_for_tell_what_the_node_had_to_read(moved: Tier) -> None:
+    old, new = moved.nodes
+    new.read = 0
+    answered_by(moved, new, WARM - 1)
+    new.read = 1
+    answered_by(moved, old)
+    new.read = 0
+    answered_by(moved, new)
+    before = old.asked
+    answered_by(moved, old)
+    assert old.asked == before + 1
+    assert moved.tier.counts.nbytes > 100 * moved.tier.counts.uses  # theirs count, too
+
+
+def test_the_one_before_is_asked_until_the_one_that_serves_had_all_in_memory_for_a_while(moved: Tier) -> None:
+    old, new = moved.nodes
+    answered_by(moved, new, WARM)  # which had to read
+    before = old.asked
+    answered_by(moved, old)
+    assert old.asked == before + 1
+    new.read = 0
+    answered_by(moved, new, WARM)
+    before = old.asked
+    answered_by(moved, new, 2)
+    assert old.asked == before
+    new.read = 1
+    answered_by(moved, new)
+    answered_by(moved, old)
+    assert old.asked == before + 1  # again, for there is more to read
+    assert moved.tier.counts.failures == 0
 
 
 @pytest.mark.parametrize("end", ["fails", "time"])
-def test_the_one_before_is_asked_no_more_once_it_fails_or_for_long_enough(packed: Path, end: str) -> None:
-    with closing(Tier(packed, "http://old", "http://new")) as of:
-        old, new = of.nodes
-        assert of.run() is not None
-        of.serving, new.read = new.url, 1
-        assert of.run() is not None
-        of.asked()
-        before = old.asked
-        if end == "fails":
-            old.answers = False
-            while old.asked == before:  # an exchange that has not begun when the other one answers never does
-                assert of.run() is not None
-                of.asked()
-        else:
-            of.now_s += LEAVING_S + 1
-        before = old.asked
-        for _ in range(3):
-            assert of.run() is not None
-            of.asked()
-        assert old.asked == before
+def test_the_one_before_is_asked_no_more_once_it_fails_or_for_long_enough(moved: Tier, end: str) -> None:
+    old, new = moved.nodes
+    if end == "fails":
+        old.answers = False
+        answered_by(moved, new)
+    else:
+        moved.now_s += HELP_S + 1
+    before = old.asked
+    for _ in range(3):
+        assert moved.run() is not None
+        moved.asked()
+    assert old.asked == before
+    assert moved.tier.counts.failures == (end == "fails")
+
+
+def test_a_node_that_is_late_for_another_question_does_not_rest(moved: Tier) -> None:
+    old, new = moved.nodes
+    new.open.clear()
+    assert moved.run() is not None
+    old.open.clear()
+    assert moved.run() is None
+    assert not moved.links[0].well and moved.links[1].well
+
+
+def test_an_answer_that_says_more_was_read_than_was_asked_for_is_none(packed: Path) -> None:
+    with running(packed) as edge, closing(Pack(packed)) as pack:
+        plain = PlainMath(pack.manifest.site(0), "silu", True)
+        node = Node(edge.url)
+        (link,) = open_links([node], [node], pack, known_answer(pack, plain, exact=True), perf_counter)
+        with pytest.MonkeyPatch.context() as patched, pytest.raises(RemoteUnavailable, match="something else"):
+            decode = remote_run.decode_answer
+            patched.setattr(remote_run, "decode_answer", lambda data: replace(decode(data), read=2))
+            link.ask()
+        link.close()
 
 
 def test_what_is_waited_for_runs_on_the_node_once_it_is_back(packed: Path) -> None:

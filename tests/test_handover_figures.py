@@ -23,6 +23,7 @@ def policy(soon: float | None, recovery: list[float | None], share: float = 0.1)
         "far_share": 0.25,
         "hit_rate": 0.9,
         "recovery_s": recovery,
+        "node_recovery_s": recovery[1:],
         "announced_share": share,
     }
 
@@ -47,6 +48,7 @@ def test_figures_are_of_what_happened_near_handovers() -> None:
     found = figures([drive(195.0, [0.5, None], 0.12), drive(None, [], 0.0), FAULT])
     assert found["gap_p95_over_median_token"] == pytest.approx(1.95)
     assert (found["hit_rate_recovery_s"], found["recovered"]) == (0.5, 0.5)
+    assert (found["node_recovery_s"], found["node_recovered"]) == (None, 0.0)
     assert (found["bytes_moved_share"], found["handovers"], found["longest_gap_ms"]) == (0.12, 2, 900.0)
     assert found["identical"] is None
 

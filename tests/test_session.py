@@ -32,6 +32,9 @@ def test_experts_bytes_links_and_their_events_are_counted_over_all_answers(packe
             found = shown(port)
         ram = [found[f'comoe_expert_requests_total{{result="{result}",tier="ram"}}'] for result in ("hit", "miss")]
         assert sum(ram) == uses + handle.stats()["uses"]
+        ran = [found[f'comoe_expert_requests_total{{result="{result}",tier="edge"}}'] for result in ("hit", "miss")]
+        stats = handle.stats()
+        assert ran == [stats["edge_runs"] - stats["edge_read"], stats["edge_read"]]
         assert found['comoe_expert_bytes_total{tier="flash"}'] == handle.cache.stats.bytes_read["flash"] > 0
         assert found['comoe_handovers_total{result="attached"}'] == 1
         assert found['comoe_handovers_total{result="lost"}'] == 0

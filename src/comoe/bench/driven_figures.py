@@ -102,8 +102,9 @@ def hit_share(counts: Sequence[Count], begin_s: float, end_s: float) -> float | 
 
 
 def recovery_s(before: Sequence[Count], after: Sequence[Count], move_s: float) -> float | None:
-    """Seconds after a move until the new node has, over `SPAN_S` from then on, nine tenths of the share of hits that
-    the one before had in the `SPAN_S` up to it; None where nothing can be said, or it never has."""
+    """Seconds after a move until there is, over `SPAN_S` from then on, nine tenths of the share of hits that there was
+    in the `SPAN_S` up to it: of one node and of the next, or of both together; None where nothing can be said, or that
+    never is."""
     wanted = hit_share(before, move_s - SPAN_S, move_s)
     if wanted is None:
         return None

@@ -13,7 +13,19 @@ from pathlib import Path
 import numpy as np
 
 from comoe.bench.document import Document, checkpoints, published, settings, workplace
-from comoe.bench.handover_figures import ANNOUNCED, BOTH, DRIVE, FAULT, NEAREST, RULE, SLOW, STAY, figures, page
+from comoe.bench.handover_figures import (
+    ANNOUNCED,
+    BOTH,
+    DRIVE,
+    FAULT,
+    NEAREST,
+    POLICIES,
+    RULE,
+    SLOW,
+    STAY,
+    figures,
+    page,
+)
 from comoe.bench.material import read_material
 from comoe.bench.network import Scope, Traveller
 from comoe.bench.rows import Job, Row, RowFile, collect
@@ -22,7 +34,20 @@ from comoe.memory.residency import Residency
 from comoe.net.handover import NextNode, Rule
 from comoe.sim.mobility import Drive, edges_of, read_drives, read_sites
 from comoe.sim.network import decoded
-from comoe.sim.roam import Costs, Fault, Policy, Roamed, Roamer, RoundTrip, after, handovers, recovery_s, returns
+from comoe.sim.roam import (
+    HELP_S,
+    IN_A_ROW,
+    Costs,
+    Fault,
+    Policy,
+    Roamed,
+    Roamer,
+    RoundTrip,
+    after,
+    handovers,
+    recovery_s,
+    returns,
+)
 from comoe.sim.traces import BPS_PER_MBPS, LinkRate, read_link_trace
 from comoe.types import BlobId, ExpertId, Progress
 
@@ -79,7 +104,7 @@ def run(models: Path, shared: Path, *, quick: bool, out: Path | None, progress: 
 
 
 def _jobs(of: "Driver", conditions: Document) -> Iterator[Job]:
-    depends = {"model": of.traveller.hash, **conditions}
+    depends = {"model": of.traveller.hash, "policies": POLICIES, "help": [IN_A_ROW, HELP_S], **conditions}
     named = {"model": of.traveller.name}
     for drive in of.drives:
         yield Job({"kind": DRIVE, **named, "drive": drive.name}, depends, partial(drive_row, of, drive))
@@ -184,7 +209,6 @@ def columns(of: Driver, roamed: Roamed) -> Row:
     took_s = np.array([token.took_s for token in roamed.tokens])
     moments = handovers(roamed)
     soon = after(roamed, moments, SOON_S)
-    recovered = [recovery_s(roamed.tokens, at_s) for at_s in moments]
     remote = sum(token.remote for token in roamed.tokens)
     return {
         "tokens": len(took_s),
@@ -196,6 +220,7 @@ def columns(of: Driver, roamed: Roamed) -> Row:
         "counts": roamed.counts,
         "far_share": roamed.far_s / roamed.tokens[-1].at_s,
         "hit_rate": sum(token.warm for token in roamed.tokens) / max(1, remote),
-        "recovery_s": recovered,
+        "recovery_s": [recovery_s(roamed.tokens, at_s) for at_s in moments],
+        "node_recovery_s": [recovery_s(roamed.tokens, at_s, own=True) for at_s in moments],
         "announced_share": roamed.announced / of.traveller.ladder.num_experts / max(1, len(moments)),
     }

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 from comoe.bench.network_figures import figure_table
 from comoe.bench.rows import Row
@@ -18,28 +18,43 @@ def figures(rows: Sequence[Row]) -> dict[str, Any]:
 
     All are of the last policy. `gap_p95_over_median_token` is of tokens within 5 s after a handover, over the median of
     the drive's tokens, `gap_p95_over_drives_p95` over their p95, medians over drives that have any;
-    `hit_rate_recovery_s` is of the nodes that answered, the median over handovers, of which `recovered` is the share
-    that recovered at all; `bytes_moved_share` the most of a drive's mean per handover. `identical` is None: in virtual
-    time no model runs.
+    `hit_rate_recovery_s` is of the edge tier, whichever node answered, the median over handovers, of which `recovered`
+    is the share that recovered at all; `node_recovery_s` and `node_recovered` are of the node that serves alone;
+    `bytes_moved_share` the most of a drive's mean per handover. `identical` is None: in virtual time no model runs.
     """
     drives = [row["policies"][BOTH] for row in rows if row["kind"] == DRIVE]
     moved = [found for found in drives if found["soon_p95_ms"] is not None]
     gaps = [found["soon_p95_ms"] / found["median_ms"] for found in moved]
     others = [found["soon_p95_ms"] / found["p95_ms"] for found in moved]
-    recovered = [seconds for found in drives for seconds in found["recovery_s"]]
-    known = [seconds for seconds in recovered if seconds is not None]
+    tier, node = recovery(drives, "recovery_s"), recovery(drives, "node_recovery_s")
     return {
         "gap_p95_over_median_token": median(gaps) if gaps else None,
         "gap_p95_over_drives_p95": median(others) if others else None,
         "identical": None,
-        "hit_rate_recovery_s": median(known) if known else None,
-        "recovered": len(known) / len(recovered) if recovered else None,
+        "hit_rate_recovery_s": tier.seconds,
+        "recovered": tier.share,
+        "node_recovery_s": node.seconds,
+        "node_recovered": node.share,
         "bytes_moved_share": max((found["announced_share"] for found in drives), default=None),
         "handovers": sum(found["handovers"] for found in drives),
         "returns": sum(found["returns"] for found in drives),
         "longest_gap_ms": max((row["longest_gap_ms"] for row in rows if row["kind"] == FAULT), default=None),
         "rows": list(rows),
     }
+
+
+class Recovery(NamedTuple):
+    """The median of the seconds that moves took to recover from, and the share of moves that did; None of nothing."""
+
+    seconds: float | None
+    share: float | None
+
+
+def recovery(rows: Sequence[Row], name: str) -> Recovery:
+    """Of all moves in `rows`, whose seconds, or None, have that name."""
+    found = [seconds for row in rows for seconds in row[name]]
+    known = [seconds for seconds in found if seconds is not None]
+    return Recovery(median(known) if known else None, len(known) / len(found) if found else None)
 
 
 def page(document: dict[str, Any]) -> str:

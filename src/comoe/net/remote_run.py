@@ -95,7 +95,7 @@ class RemoteRun:
             answer = decode_answer(data)
         except HostileMessage as error:
             raise RemoteUnavailable(f"{self._node.url} gave no answer of experts: {error}") from error
-        if answer.y.shape != request.shape:
+        if answer.y.shape != request.shape or answer.read > len(request.uses):
             raise RemoteUnavailable(f"{self._node.url} answered something else than was asked.")
         return Timed(answer, seconds, len(body) + len(data))
 

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from math import inf
 from statistics import median
 from typing import NamedTuple
@@ -48,21 +48,13 @@ class Known(NamedTuple):
         return self.tolerance > 0
 
 
-def _done() -> "Future[None]":
-    """Nothing that is waited for."""
-    done: Future[None] = Future()
-    done.set_result(None)
-    return done
-
-
 @dataclass(slots=True)
 class Link:
     """A node, and what exchanges with it take: `exchange_s` beside the `run_s` of each use. `thread` talks to it.
 
     It runs nothing while it is not `well`: before it was `measured`, and so found right, and after a failure until it
-    has answered the known question. What `failures` in a row cost in rest only an answer of experts makes good. So many
-    answers in a row, since it began to serve, were `warm`: of experts that it had in memory. `pending` is what it was
-    asked last.
+    has answered the known question. What `failures` in a row cost in rest only an answer of experts makes good. Its
+    last `warm` answers, since it began to serve, were of experts that it had in memory.
     """
 
     remote: RemoteRun
@@ -76,28 +68,21 @@ class Link:
     rests_until_s: float = -inf
     heard_s: float = -inf
     warm: int = 0
-    pending: "Future[Timed] | Future[None]" = field(default_factory=_done)
-
-    @property
-    def busy(self) -> bool:
-        """Whether it has not answered what it was asked last."""
-        return not self.pending.done()
-
-    @property
-    def broke(self) -> bool:
-        """Whether it failed at what it was asked last."""
-        return self.pending.done() and not self.pending.cancelled() and self.pending.exception() is not None
 
     def begin(self, request: RunRequest) -> "Future[Timed]":
-        """Let the node run a request."""
-        self.pending = exchange = self.thread.submit(self.remote.run, request)
-        return exchange
+        """Let the node run a request, after what it is at."""
+        return self.thread.submit(self.remote.run, request)
+
+    def ran(self, timed: Timed, uses: int, now_s: float) -> None:
+        """It answered a request of experts."""
+        self.learn(timed, uses, now_s)
+        self.failures = 0
+        self.warm = 0 if timed.answer.read else self.warm + 1
 
     def learn(self, timed: Timed, uses: int, now_s: float) -> None:
         """Take an exchange into account."""
         self.exchange_s += RECENT * (max(0.0, timed.seconds - timed.answer.seconds) - self.exchange_s)
         self.run_s += RECENT * (timed.answer.seconds / uses - self.run_s)
-        self.warm = 0 if timed.answer.read else self.warm + 1
         self.heard(now_s)
 
     def heard(self, now_s: float) -> None:
@@ -127,7 +112,7 @@ class Link:
 
     def ask_again(self, clock: Callable[[], float]) -> None:
         """Ask, without waiting, how the node is."""
-        self.pending = self.thread.submit(self._again, clock)
+        self.thread.submit(self._again, clock)
 
     def _again(self, clock: Callable[[], float]) -> None:
         """Is the node there, right, and how quick?"""

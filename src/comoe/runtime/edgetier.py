@@ -3,14 +3,14 @@
 When that is worth it is `plan.missrule`'s, which node serves `net.nodes`', what is known of each `runtime.edgelink`'s.
 A node is used only where its answer to a known question was right, and left alone for a while after each failure: then
 the device reads, as ever. One that begins to serve has little in memory: as long as it must read, the one before is
-asked the same, and who answers first is heard (hedged requests: Dean and Barroso, The Tail at Scale, 2013).
+asked the same, and the first answer is taken (hedged requests: Dean and Barroso, The Tail at Scale, 2013).
 """
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, as_completed
-from concurrent.futures import TimeoutError as Late
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from math import inf
+from time import monotonic
 from typing import NamedTuple
 
 import numpy as np
@@ -33,9 +33,11 @@ for; longer where reads come over the same link, from a node that has to find th
 REFRESH_S = 2.0
 """A node that was not used for so long is asked the known question, to know what its link is now."""
 
-WARM, LEAVING_S = 16, 30.0
-"""The node that served before is asked, too, for so long at most, unless so many answers of the one that serves were
-of what it had in memory, the last ones."""
+WARM = 16
+"""A node that answered so often in a row from memory needs no help from the one before."""
+
+HELP_S = 30.0
+"""So long after it began to serve, it may be helped."""
 
 
 class Wanted(NamedTuple):
@@ -52,8 +54,8 @@ class Wanted(NamedTuple):
 
 @dataclass(slots=True)
 class RemoteCounts:
-    """Since the model was loaded: uses that nodes ran, those of them whose experts a node had to read first, requests
-    that failed, bytes of both directions."""
+    """Since the model was loaded: uses that nodes ran, those of them whose experts the node had to read first, requests
+    that failed (where no other node answered, the device read), bytes of both directions."""
 
     uses: int = 0
     read: int = 0
@@ -79,6 +81,14 @@ class Sent:
         """Give up what did not begin."""
         for exchange in self.exchanges:
             exchange.cancel()
+
+
+class Unheard(NamedTuple):
+    """An exchange of so many uses with a node."""
+
+    exchange: "Future[Timed]"
+    link: Link
+    uses: int
 
 
 class Ran(NamedTuple):
@@ -108,7 +118,8 @@ class RemoteTier:
         self._read_s, self._clock = read_s, clock
         self._forms = {form: at for at, form in enumerate(pack.manifest.forms)}
         self._at: Link | None = None
-        self._left: Link | None = None
+        self._helper: Link | None = None
+        self._unheard: list[Unheard] = []
         self._since_s = self._sent_s = -inf
         self.counts = RemoteCounts()
 
@@ -124,7 +135,8 @@ class RemoteTier:
 
     @property
     def layer_s(self) -> float:
-        """Seconds that a layer takes whose misses the node runs; inf while none serves that is known to be right."""
+        """Seconds that a layer takes whose misses the node that serves runs; inf while none does that is known to be
+        right."""
         url = self._serving()
         link = self._links[url] if url is not None else None
         return link.exchange_s + link.run_s if link is not None and link.well else inf
@@ -146,7 +158,7 @@ class RemoteTier:
         if not fits(request):
             return None
         self._sent_s = now_s
-        expected_s = soonest.exchange_s + len(request.uses) * soonest.run_s
+        expected_s = max(link.exchange_s + len(request.uses) * link.run_s for link in links)
         patience_s = max(self._patience_s, PATIENCE * expected_s, sum(read_s for read_s, _ in slowest))
         return Sent(some, rows, {link.begin(request): link for link in links}, patience_s)
 
@@ -157,11 +169,8 @@ class RemoteTier:
             return None
         link, timed = found
         rows = [len(use.rows) for use in sent.wanted]
-        link.learn(timed, sum(rows), self._clock())
-        link.failures = 0
         self.counts.uses += len(rows)
         self.counts.read += timed.answer.read
-        self.counts.nbytes += timed.nbytes
         y = torch.from_numpy(timed.answer.y).to(dtype)
         if link.known.lossy:
             return [Ran(sent.positions, sent.rows, y)]
@@ -176,56 +185,72 @@ class RemoteTier:
 
     def _first(self, sent: Sent) -> tuple[Link, Timed] | None:
         """The first answer, and whose it is. Nodes that fail, or are too late, rest."""
-        waiting = dict(sent.exchanges)
+        uses, until_s = sum(len(use.rows) for use in sent.wanted), monotonic() + sent.patience_s
+        waiting = [Unheard(exchange, link, uses) for exchange, link in sent.exchanges.items()]
         try:
-            for exchange in as_completed(sent.exchanges, sent.patience_s):
-                link = waiting.pop(exchange)
-                try:
-                    return link, exchange.result()
-                except ComoeError:
-                    self._failed(link)
-        except Late:
-            for link in waiting.values():
-                self._failed(link)
+            while waiting and (left_s := until_s - monotonic()) > 0:
+                wait([one.exchange for one in waiting], left_s, FIRST_COMPLETED)
+                for one in [one for one in waiting if one.exchange.done()]:
+                    waiting.remove(one)
+                    if (timed := self._hear(one)) is not None:
+                        self._unheard += waiting
+                        return one.link, timed
+            at_work = [one.link for one in self._unheard]
+            for one in waiting:
+                if not (one.exchange.cancel() and one.link in at_work):  # else it is not this one that is late
+                    self._failed(one.link)
+            return None
         finally:
             sent.cancel()
-        return None
+
+    def _hear(self, one: "Unheard") -> Timed | None:
+        """Take an exchange that is done into account; its answer, None where it failed."""
+        try:
+            timed = one.exchange.result()
+        except ComoeError:
+            self._failed(one.link)
+            return None
+        one.link.ran(timed, one.uses, self._clock())
+        self.counts.nbytes += timed.nbytes
+        return timed
+
+    def _hear_late(self) -> None:
+        """What became of exchanges whose answers nobody waited for: their nodes have read meanwhile, or failed."""
+        done = [one for one in self._unheard if one.exchange.done()]
+        self._unheard = [one for one in self._unheard if not one.exchange.done()]
+        for one in done:
+            if not one.exchange.cancelled():
+                self._hear(one)
 
     def _failed(self, link: Link) -> None:
         link.failed(self._clock())
         self.counts.failures += 1
 
     def _askable(self, now_s: float) -> list[Link]:
-        """The node that serves, if it is known to be right; with the one before, while that is of use.
+        """The node that serves, if it is known to be right; and the one before, while it is of help.
 
-        The one that serves may still be at work for an answer that came from the other: then it is left at it, for what
-        it reads will be wanted again. One that was not heard of for a while is asked how it is, without waiting for it.
+        One that is at work for an answer that came from the other takes the next question after that: what it reads
+        will be wanted again. One that was not heard of for a while is asked how it is, without waiting for it.
         """
+        self._hear_late()
         url = self._serving()
         link = self._links[url] if url is not None else None
         if link is not None and link is not self._at:
             link.met()
-            self._left, self._since_s = self._at, now_s
+            self._helper, self._since_s = self._at, now_s
         self._at = link
-        before = self._before(now_s)
-        if link is None or now_s < link.rests_until_s:
-            return before
-        if now_s - link.heard_s > REFRESH_S and not (before and link.busy):
+        if link is None:
+            return []
+        helper, cold = self._helper, link.warm < WARM and now_s - self._since_s <= HELP_S
+        help_ = [helper] if helper is not None and helper.well and cold else []
+        if now_s < link.rests_until_s:
+            return help_
+        if now_s - link.heard_s > REFRESH_S:
             link.heard_s = now_s
             if not link.well:
                 self._sent_s = now_s
             link.ask_again(self._clock)
-        return [link, *before] if link.well and not (before and link.busy) else before
-
-    def _before(self, now_s: float) -> list[Link]:
-        """The node that served before, as long as it is of use, and free."""
-        left, link = self._left, self._at
-        if left is None or link is None:
-            return []
-        if now_s - self._since_s > LEAVING_S or left.broke or not left.well:
-            self._left = None
-            return []
-        return [] if link.warm >= WARM or left.busy else [left]
+        return [link, *help_] if link.well else help_
 
     def _request(
         self, link: Link, layer: int, plain: PlainMath, wanted: Sequence[Wanted], x: Tensor

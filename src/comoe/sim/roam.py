@@ -25,8 +25,9 @@ QUIET_BPS = 2000.0
 """Bytes per second below which nothing gets through in time."""
 
 
-IN_A_ROW = 16
-"""After so many answers of what the node that serves had in memory, the one before is not asked."""
+IN_A_ROW, HELP_S = 16, 30.0
+"""The node before is asked, too, unless so many answers in a row of the one that serves were of what it had in memory,
+for so long at most: as in `runtime.edgetier`, which needs torch."""
 
 
 class RoundTrip(NamedTuple):
@@ -71,11 +72,21 @@ class Policy(NamedTuple):
 
 
 class Token(NamedTuple):
-    """When it came, how long it took, and of what ran elsewhere how much the node that answered had in memory."""
+    """When it came, how long it took, and of what ran elsewhere how much the nodes that answered had in memory, and how
+    much of it the one that serves."""
 
     at_s: float
     took_s: float
     remote: int
+    warm: int
+    own: int = 0
+
+
+class Ran(NamedTuple):
+    """When a node has run a group, its name, and how much it had in memory."""
+
+    until_s: float
+    node: str
     warm: int
 
 
@@ -115,8 +126,9 @@ class Roamer:
     _random: np.random.Generator = field(init=False)
     _recent: dict[BlobId, None] = field(init=False, default_factory=dict)
     _moves: list[tuple[float, str, str]] = field(init=False, default_factory=list)
-    _busy_s: dict[str, float] = field(init=False, default_factory=dict)
-    _left: str | None = None
+    _free_s: dict[str, float] = field(init=False, default_factory=dict)
+    _helper: str | None = None
+    _since_s: float = 0.0
     _in_a_row: int = 0
     _announced: int = 0
     _victim: str | None = None
@@ -140,58 +152,65 @@ class Roamer:
         for layers in cycle(self.misses):
             if self._now_s >= end_s:
                 break
-            begin_s, remote, warm = self._now_s, 0, 0
+            begin_s, counts = self._now_s, np.zeros(3, np.int64)
             self._until(begin_s + self.costs.token_s)
             for group in layers:
-                ran, hit = self._layer(group)
-                remote, warm = remote + ran, warm + hit
-            tokens.append(Token(self._now_s, self._now_s - begin_s, remote, warm))
+                counts += self._layer(group)
+            tokens.append(Token(self._now_s, self._now_s - begin_s, *counts.tolist()))
         return Roamed(tuple(tokens), tuple(self._moves), self._announced, dict(self._machine.counts), self._far_s)
 
     def near(self, now_s: float) -> str:
         """Whose cell the device is in."""
         return next((stay.node for stay in self.stays if now_s < stay.end_s), self.stays[-1].node)
 
-    def _layer(self, group: Sequence[BlobId]) -> tuple[int, int]:
-        """Run what misses of a layer; how much of it ran elsewhere, and how much of that the node had."""
+    def _layer(self, group: Sequence[BlobId]) -> tuple[int, int, int]:
+        """Run what misses of a layer; how much of it ran elsewhere, how much of that was in memory where it ran, and
+        how much at the node that serves."""
         if not group:
-            return 0, 0
+            return 0, 0, 0
         node = self._machine.serving
         for blob in group:
             self._recent.pop(blob, None)
             self._recent[blob] = None
         if node is None:
             self._until(self._now_s + len(group) * self.costs.flash_s)
-            return 0, 0
-        until_s, warm = self._sooner(node, group)
+            return 0, 0, 0
+        own = self._there(node, group)
+        ran = self._soonest(node, group)
         self._waiting_since_s = self._now_s
-        while self._now_s < until_s or not self._through(node):
-            self._until(min(self._next_probe_s, until_s) if self._now_s < until_s else self._next_probe_s)
+        while self._now_s < ran.until_s or not self._through(ran.node):
+            self._until(min(self._next_probe_s, ran.until_s) if self._now_s < ran.until_s else self._next_probe_s)
             if self._machine.serving != node:
                 self._waiting_since_s = None
                 self._until(self._now_s + len(group) * self.costs.flash_s)
-                return 0, 0
+                return 0, 0, 0
         self._waiting_since_s = None
-        return len(group), warm
+        return len(group), ran.warm, own
 
-    def _sooner(self, node: str, group: Sequence[BlobId]) -> tuple[float, int]:
-        """When a group of blobs has run, on the node that serves or on the one before, and how much of it was there."""
-        asks = self.policy.both and self._in_a_row < IN_A_ROW
-        left = self._left if asks and self._left is not None and self._through(self._left) else None
-        answers = [] if left is None else [self._asked(left, group)]
-        if left is None or self._now_s >= self._busy_s.get(node, 0.0):
-            answers.append(self._asked(node, group))
-            self._busy_s[node] = answers[-1][0]
-            self._in_a_row = self._in_a_row + 1 if answers[-1][1] == len(group) else 0
-        return min(answers)
+    def _soonest(self, node: str, group: Sequence[BlobId]) -> Ran:
+        """Ask the node that serves, and the one before where it may help; who answers first. What a node has not begun
+        by then it never does."""
+        helps = self.policy.both and self._in_a_row < IN_A_ROW and self._now_s - self._since_s <= HELP_S
+        helper = self._helper if helps and self._helper is not None and self._through(self._helper) else None
+        asked = [self._asked(one, group) for one in (node, helper) if one is not None]
+        first = min(asked)
+        for begin_s, ran in zip((self._free_s.get(one.node, 0.0) for one in asked), asked, strict=True):
+            if ran is first or begin_s < first.until_s:
+                self._free_s[ran.node] = ran.until_s
+                self.warm[ran.node] |= {blob: min(ran.until_s, self.warm[ran.node].get(blob, inf)) for blob in group}
+                if ran.node == node:
+                    self._in_a_row = self._in_a_row + 1 if ran.warm == len(group) else 0
+        return first
 
-    def _asked(self, node: str, group: Sequence[BlobId]) -> tuple[float, int]:
-        """When a node answers, and how much of it was in its memory; afterwards all of it is."""
-        warm = self.warm[node]
-        there = [warm.get(blob, inf) <= self._now_s for blob in group]
-        until_s = self._now_s + self._trip(node) + there.count(False) * self.costs.origin_s
-        warm |= {blob: min(until_s, warm.get(blob, inf)) for blob in group}
-        return until_s, sum(there)
+    def _asked(self, node: str, group: Sequence[BlobId]) -> Ran:
+        """When a node would have run a group, once it is free."""
+        there = self._there(node, group)
+        begin_s = max(self._now_s, self._free_s.get(node, 0.0))
+        return Ran(begin_s + self._trip(node) + (len(group) - there) * self.costs.origin_s, node, there)
+
+    def _there(self, node: str, group: Sequence[BlobId]) -> int:
+        """How much of a group a node has in memory now."""
+        return sum(self.warm[node].get(blob, inf) <= self._now_s for blob in group)
 
     def _trip(self, node: str) -> float:
         return (self.costs.near if node == self.near(self._now_s) else self.costs.far).draw(self._random)
@@ -247,7 +266,7 @@ class Roamer:
                 self._announce(event.node)
             if event.kind in ("attached", "handover", "back"):
                 self._moves.append((self._now_s, event.node, event.kind))
-                self._left, self._in_a_row = event.before, 0
+                self._helper, self._since_s, self._in_a_row = event.before, self._now_s, 0
         if self._machine.serving != before:
             self._waiting_since_s = None
 
@@ -261,22 +280,23 @@ class Roamer:
                 self._announced += 1
 
 
-def recovery_s(tokens: Sequence[Token], move_s: float, span: int = 20) -> float | None:
-    """Seconds after a move until the node has in memory, of `span` tokens, nine tenths of the share that the one before
-    had of as many; None where nothing can be said: too few ran elsewhere."""
+def recovery_s(tokens: Sequence[Token], move_s: float, span: int = 20, *, own: bool = False) -> float | None:
+    """Seconds after a move until nodes have in memory, of `span` tokens, nine tenths of the share that they had of as
+    many before; None where nothing can be said: too few ran elsewhere. Of nodes that answer, or of the serving one's
+    `own` alone."""
     before = [token for token in tokens if token.at_s <= move_s][-span:]
     after = [token for token in tokens if token.at_s > move_s]
-    wanted = 0.9 * _share(before)
+    wanted = 0.9 * _share(before, own=own)
     if not before or wanted == 0 or len(after) < span:
         return None
     for at in range(len(after) - span + 1):
-        if _share(after[at : at + span]) >= wanted:
+        if _share(after[at : at + span], own=own) >= wanted:
             return float(max(0.0, after[at].at_s - after[at].took_s - move_s))
     return None
 
 
-def _share(tokens: Sequence[Token]) -> float:
-    return sum(token.warm for token in tokens) / max(1, sum(token.remote for token in tokens))
+def _share(tokens: Sequence[Token], *, own: bool) -> float:
+    return sum(token.own if own else token.warm for token in tokens) / max(1, sum(token.remote for token in tokens))
 
 
 def handovers(roamed: Roamed) -> list[float]:
