@@ -23,7 +23,7 @@ from comoe.net import remote_run
 from comoe.net.remote_run import Node, Timed
 from comoe.net.wire import RunAnswer, RunRequest, encode_request
 from comoe.runtime.edgelink import Known, Link, known_answer, open_links
-from comoe.runtime.edgetier import HELP_S, WARM, Ran, RemoteTier, Wanted
+from comoe.runtime.edgetier import HELP_S, REFRESH_S, WARM, Ran, RemoteTier, Wanted
 from comoe.runtime.load import Loader, load
 from comoe.runtime.options import Options
 from comoe.store.pack import Pack
@@ -247,6 +247,23 @@ def test_a_node_that_failed_once_rests_is_asked_how_it_is_and_runs_again(packed:
         until(lambda: node.asked > asked)
         until(of.tier.ready)
         assert of.run() is not None
+
+
+def test_the_link_is_shared_as_long_as_an_answer_is_to_come_and_for_a_while_after_it(packed: Path) -> None:
+    with closing(Tier(packed, "http://node")) as of, ThreadPoolExecutor(1) as device:
+        (node,) = of.nodes
+        assert of.tier.runs  # the first question is about to come
+        of.now_s += 2 * REFRESH_S
+        assert not of.tier.runs
+        node.open.clear()
+        ran = device.submit(of.run)
+        until(lambda: of.tier.runs)
+        of.now_s += 2 * REFRESH_S
+        assert of.tier.runs  # over a slow link an exchange takes seconds
+        node.open.set()
+        assert ran.result() is not None and of.tier.runs
+        of.now_s += 2 * REFRESH_S
+        assert not of.tier.runs
 
 
 @pytest.fixture

@@ -120,7 +120,8 @@ class RemoteTier:
         self._at: Link | None = None
         self._helper: Link | None = None
         self._unheard: list[Unheard] = []
-        self._since_s = self._sent_s = -inf
+        self._since_s, self._used_s = -inf, clock()  # what is asked first finds no link full of reads
+        self._last: Sequence[Future[Timed]] = ()
         self.counts = RemoteCounts()
 
     def ready(self) -> bool:
@@ -130,8 +131,9 @@ class RemoteTier:
 
     @property
     def runs(self) -> bool:
-        """Whether a node was asked to run experts lately, or is asked whether it is back."""
-        return self._clock() - self._sent_s < REFRESH_S
+        """Whether a node runs experts, did lately, or is asked whether it is back."""
+        asked = any(not exchange.done() for exchange in self._last)
+        return asked or self._clock() - self._used_s < REFRESH_S
 
     @property
     def layer_s(self) -> float:
@@ -157,10 +159,12 @@ class RemoteTier:
         request, rows = self._request(soonest, layer, plain, some, x)
         if not fits(request):
             return None
-        self._sent_s = now_s
+        self._used_s = now_s
         expected_s = max(link.exchange_s + len(request.uses) * link.run_s for link in links)
         patience_s = max(self._patience_s, PATIENCE * expected_s, sum(read_s for read_s, _ in slowest))
-        return Sent(some, rows, {link.begin(request): link for link in links}, patience_s)
+        exchanges = {link.begin(request): link for link in links}
+        self._last = tuple(exchanges)
+        return Sent(some, rows, exchanges, patience_s)
 
     def outputs(self, sent: Sent, dtype: torch.dtype) -> list[Ran] | None:
         """What a node computed, of all uses together where it summed. None where all failed, or are too late."""
@@ -210,7 +214,8 @@ class RemoteTier:
         except ComoeError:
             self._failed(one.link)
             return None
-        one.link.ran(timed, one.uses, self._clock())
+        self._used_s = self._clock()
+        one.link.ran(timed, one.uses, self._used_s)
         self.counts.nbytes += timed.nbytes
         return timed
 
@@ -248,7 +253,7 @@ class RemoteTier:
         if now_s - link.heard_s > REFRESH_S:
             link.heard_s = now_s
             if not link.well:
-                self._sent_s = now_s
+                self._used_s = now_s
             link.ask_again(self._clock)
         return [link, *help_] if link.well else help_
 
