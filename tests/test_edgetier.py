@@ -276,16 +276,19 @@ def moved(packed: Path) -> Iterator[Tier]:
         yield of
 
 
-def answered_by(of: Tier, node: Fake, times: int = 1) -> None:
-    """Uses run, and every other node is late; nobody is at work afterwards."""
-    for _ in range(times):
-        others = [other for other in of.nodes if other is not node]
+def answered_by(of: Tier, node: Fake, times: int = 1, *, begun: Fake | None = None) -> None:
+    """Uses run, and every other node is late; nobody is at work afterwards. `begun` has begun to answer, too."""
+    others = [other for other in of.nodes if other is not node]
+    asked = begun.asked if begun is not None else -1
+    while times > 0 or (begun is not None and begun.asked == asked):
+        times -= 1
         for other in others:
             other.open.clear()
         assert of.run() is not None
-        for other in others:
-            other.open.set()
-        of.asked()
+        if begun is None or begun.asked > asked:
+            for other in others:
+                other.open.set()
+            of.asked()
 
 
 def test_while_the_node_that_serves_reads_the_one_before_answers(moved: Tier) -> None:
@@ -294,7 +297,7 @@ def test_while_the_node_that_serves_reads_the_one_before_answers(moved: Tier) ->
     new.open.clear()
     for _ in range(3):
         assert moved.run() is not None
-    assert (old.asked, new.asked) == (asked[0] + 3, asked[1] + 1)  # it has not come to the others
+    assert old.asked == asked[0] + 3 and new.asked <= asked[1] + 1  # it has not come to the others
     assert moved.tier.counts.failures == 0 and moved.tier.counts.uses == 5
 
 
@@ -303,7 +306,7 @@ def test_answers_that_nobody_waited_for_tell_what_the_node_had_to_read(moved: Ti
     new.read = 0
     answered_by(moved, new, WARM - 1)
     new.read = 1
-    answered_by(moved, old)
+    answered_by(moved, old, begun=new)
     new.read = 0
     answered_by(moved, new)
     before = old.asked
@@ -335,7 +338,7 @@ def test_the_one_before_is_asked_no_more_once_it_fails_or_for_long_enough(moved:
     old, new = moved.nodes
     if end == "fails":
         old.answers = False
-        answered_by(moved, new)
+        answered_by(moved, new, begun=old)
     else:
         moved.now_s += HELP_S + 1
     before = old.asked
@@ -349,7 +352,9 @@ def test_the_one_before_is_asked_no_more_once_it_fails_or_for_long_enough(moved:
 def test_a_node_that_is_late_for_another_question_does_not_rest(moved: Tier) -> None:
     old, new = moved.nodes
     new.open.clear()
-    assert moved.run() is not None
+    asked = new.asked
+    while new.asked == asked:
+        assert moved.run() is not None
     old.open.clear()
     assert moved.run() is None
     assert not moved.links[0].well and moved.links[1].well
