@@ -46,7 +46,7 @@ from comoe.device.machine import machine
 from comoe.make.trace import CONTEXT
 from comoe.net.origin import CHUNK_BYTES
 from comoe.plan.ladder import ladder_of
-from comoe.runtime.edgetier import HELP_S, WARM
+from comoe.plan.missrule import HELP_S, WARM
 from comoe.sim.mobility import Drive, Stay, edges_of, read_drives, read_sites
 from comoe.sim.traces import BPS_PER_MBPS, LinkRate, read_link_trace
 from comoe.store.decisions import identity

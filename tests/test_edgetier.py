@@ -22,8 +22,9 @@ from comoe.forms.plain import PlainMath
 from comoe.net import remote_run
 from comoe.net.remote_run import Node, Timed
 from comoe.net.wire import RunAnswer, RunRequest, encode_request
+from comoe.plan.missrule import HELP_S, WARM
 from comoe.runtime.edgelink import Known, Link, known_answer, open_links
-from comoe.runtime.edgetier import HELP_S, REFRESH_S, WARM, Ran, RemoteTier, Wanted
+from comoe.runtime.edgetier import REFRESH_S, Ran, RemoteTier, Wanted
 from comoe.runtime.load import Loader, load
 from comoe.runtime.options import Options
 from comoe.store.pack import Pack

@@ -32,11 +32,10 @@ from comoe.bench.rows import Job, Row, RowFile, collect
 from comoe.memory.policy import LFU
 from comoe.memory.residency import Residency
 from comoe.net.handover import NextNode, Rule
+from comoe.plan.missrule import HELP_S, WARM
 from comoe.sim.mobility import Drive, edges_of, read_drives, read_sites
 from comoe.sim.network import decoded
 from comoe.sim.roam import (
-    HELP_S,
-    IN_A_ROW,
     Costs,
     Fault,
     Policy,
@@ -104,7 +103,7 @@ def run(models: Path, shared: Path, *, quick: bool, out: Path | None, progress: 
 
 
 def _jobs(of: "Driver", conditions: Document) -> Iterator[Job]:
-    depends = {"model": of.traveller.hash, "policies": POLICIES, "help": [IN_A_ROW, HELP_S], **conditions}
+    depends = {"model": of.traveller.hash, "policies": POLICIES, "help": [WARM, HELP_S], **conditions}
     named = {"model": of.traveller.name}
     for drive in of.drives:
         yield Job({"kind": DRIVE, **named, "drive": drive.name}, depends, partial(drive_row, of, drive))

@@ -10,6 +10,9 @@ from comoe.plan.planner import Plan
 AWAY_SHARE = 0.1
 """The cache's policy would not keep most of it: a fifth is read, at half the time of other reads."""
 
+WARM, HELP_S = 16, 30.0
+"""A node that answered so often in a row from memory, or serves for longer, needs no help from the one before."""
+
 
 class MissRule(NamedTuple):
     """Take the floor where the plan has one, the use is cheap and the ledger allows it; else wait."""
@@ -38,3 +41,9 @@ def num_away(read_s: Sequence[float], exchange_s: float, run_s: float) -> int:
         return max(here_s, away_s) + AWAY_SHARE * (read[-1] - here_s)
 
     return min(range(len(read_s) + 1), key=seconds)
+
+
+def needs_help(in_a_row: int, served_s: float) -> bool:
+    """Whether the node before is asked the same: of a node that serves for so long, and answered so often in a row from
+    memory."""
+    return in_a_row < WARM and served_s <= HELP_S

@@ -20,7 +20,7 @@ from torch import Tensor
 from comoe.forms.plain import PlainMath
 from comoe.net.remote_run import Timed
 from comoe.net.wire import RunRequest, Uses, fits
-from comoe.plan.missrule import num_away
+from comoe.plan.missrule import needs_help, num_away
 from comoe.runtime.edgelink import Link
 from comoe.store.pack import Pack
 from comoe.types import BlobId, ComoeError
@@ -32,12 +32,6 @@ for; longer where reads come over the same link, from a node that has to find th
 
 REFRESH_S = 2.0
 """A node that was not used for so long is asked the known question, to know what its link is now."""
-
-WARM = 16
-"""A node that answered so often in a row from memory needs no help from the one before."""
-
-HELP_S = 30.0
-"""So long after it began to serve, it may be helped."""
 
 
 class Wanted(NamedTuple):
@@ -63,13 +57,21 @@ class RemoteCounts:
     nbytes: int = 0
 
 
+class Exchange(NamedTuple):
+    """What a node answers, and of how many uses."""
+
+    answer: "Future[Timed]"
+    link: Link
+    uses: int
+
+
 @dataclass(frozen=True, slots=True)
 class Sent:
     """Uses that nodes run now, which rows of the chunk were sent with them, and the exchanges: any of them will do."""
 
     wanted: tuple[Wanted, ...]
     rows: Tensor
-    exchanges: "dict[Future[Timed], Link]"
+    exchanges: tuple[Exchange, ...]
     patience_s: float
 
     @property
@@ -80,15 +82,7 @@ class Sent:
     def cancel(self) -> None:
         """Give up what did not begin."""
         for exchange in self.exchanges:
-            exchange.cancel()
-
-
-class Unheard(NamedTuple):
-    """An exchange of so many uses with a node."""
-
-    exchange: "Future[Timed]"
-    link: Link
-    uses: int
+            exchange.answer.cancel()
 
 
 class Ran(NamedTuple):
@@ -119,9 +113,9 @@ class RemoteTier:
         self._forms = {form: at for at, form in enumerate(pack.manifest.forms)}
         self._at: Link | None = None
         self._helper: Link | None = None
-        self._unheard: list[Unheard] = []
+        self._unheard: list[Exchange] = []
         self._since_s, self._used_s = -inf, clock()  # what is asked first finds no link full of reads
-        self._last: Sequence[Future[Timed]] = ()
+        self._last: tuple[Exchange, ...] = ()
         self.counts = RemoteCounts()
 
     def ready(self) -> bool:
@@ -132,7 +126,7 @@ class RemoteTier:
     @property
     def runs(self) -> bool:
         """Whether a node runs experts, did lately, or is asked whether it is back."""
-        asked = any(not exchange.done() for exchange in self._last)
+        asked = any(not exchange.answer.done() for exchange in self._last)
         return asked or self._clock() - self._used_s < REFRESH_S
 
     @property
@@ -162,9 +156,8 @@ class RemoteTier:
         self._used_s = now_s
         expected_s = max(link.exchange_s + len(request.uses) * link.run_s for link in links)
         patience_s = max(self._patience_s, PATIENCE * expected_s, sum(read_s for read_s, _ in slowest))
-        exchanges = {link.begin(request): link for link in links}
-        self._last = tuple(exchanges)
-        return Sent(some, rows, exchanges, patience_s)
+        self._last = tuple(Exchange(link.begin(request), link, len(request.uses)) for link in links)
+        return Sent(some, rows, self._last, patience_s)
 
     def outputs(self, sent: Sent, dtype: torch.dtype) -> list[Ran] | None:
         """What a node computed, of all uses together where it summed. None where all failed, or are too late."""
@@ -189,28 +182,27 @@ class RemoteTier:
 
     def _first(self, sent: Sent) -> tuple[Link, Timed] | None:
         """The first answer, and whose it is. Nodes that fail, or are too late, rest."""
-        uses, until_s = sum(len(use.rows) for use in sent.wanted), monotonic() + sent.patience_s
-        waiting = [Unheard(exchange, link, uses) for exchange, link in sent.exchanges.items()]
+        waiting, until_s = list(sent.exchanges), monotonic() + sent.patience_s
         try:
             while waiting and (left_s := until_s - monotonic()) > 0:
-                wait([one.exchange for one in waiting], left_s, FIRST_COMPLETED)
-                for one in [one for one in waiting if one.exchange.done()]:
+                wait([one.answer for one in waiting], left_s, FIRST_COMPLETED)
+                for one in [one for one in waiting if one.answer.done()]:
                     waiting.remove(one)
                     if (timed := self._hear(one)) is not None:
                         self._unheard += waiting
                         return one.link, timed
             at_work = [one.link for one in self._unheard]
             for one in waiting:
-                if not (one.exchange.cancel() and one.link in at_work):  # else it is not this one that is late
+                if not (one.answer.cancel() and one.link in at_work):  # else it is not this one that is late
                     self._failed(one.link)
             return None
         finally:
             sent.cancel()
 
-    def _hear(self, one: "Unheard") -> Timed | None:
+    def _hear(self, one: Exchange) -> Timed | None:
         """Take an exchange that is done into account; its answer, None where it failed."""
         try:
-            timed = one.exchange.result()
+            timed = one.answer.result()
         except ComoeError:
             self._failed(one.link)
             return None
@@ -221,10 +213,10 @@ class RemoteTier:
 
     def _hear_late(self) -> None:
         """What became of exchanges whose answers nobody waited for: their nodes have read meanwhile, or failed."""
-        done = [one for one in self._unheard if one.exchange.done()]
-        self._unheard = [one for one in self._unheard if not one.exchange.done()]
+        done = [one for one in self._unheard if one.answer.done()]
+        self._unheard = [one for one in self._unheard if not one.answer.done()]
         for one in done:
-            if not one.exchange.cancelled():
+            if not one.answer.cancelled():
                 self._hear(one)
 
     def _failed(self, link: Link) -> None:
@@ -246,7 +238,7 @@ class RemoteTier:
         self._at = link
         if link is None:
             return []
-        helper, cold = self._helper, link.warm < WARM and now_s - self._since_s <= HELP_S
+        helper, cold = self._helper, needs_help(link.warm, now_s - self._since_s)
         help_ = [helper] if helper is not None and helper.well and cold else []
         if now_s < link.rests_until_s:
             return help_

@@ -15,6 +15,7 @@ import numpy as np
 
 from comoe.net.handover import DEFAULT_RULE, Handover, NextNode, Rule, Sight
 from comoe.net.links import Link, states
+from comoe.plan.missrule import needs_help
 from comoe.sim.mobility import Stay
 from comoe.sim.traces import LinkRate
 from comoe.types import BlobId
@@ -23,11 +24,6 @@ PROBE_S = 0.25
 UNIT_NBYTES = 1 << 16
 QUIET_BPS = 2000.0
 """Bytes per second below which nothing gets through in time."""
-
-
-IN_A_ROW, HELP_S = 16, 30.0
-"""The node before is asked, too, unless so many answers in a row of the one that serves were of what it had in memory,
-for so long at most: as in `runtime.edgetier`, which needs torch."""
 
 
 class RoundTrip(NamedTuple):
@@ -190,7 +186,7 @@ class Roamer:
     def _soonest(self, node: str, group: Sequence[BlobId]) -> Ran:
         """Ask the node that serves, and the one before where it may help; who answers first. What a node has not begun
         by then it never does."""
-        helps = self.policy.both and self._in_a_row < IN_A_ROW and self._now_s - self._since_s <= HELP_S
+        helps = self.policy.both and needs_help(self._in_a_row, self._now_s - self._since_s)
         helper = self._helper if helps and self._helper is not None and self._through(self._helper) else None
         asked = [self._asked(one, group) for one in (node, helper) if one is not None]
         first = min(asked)
