@@ -67,9 +67,7 @@ def test_where_a_node_is_late_the_floor_is_read_and_nothing_is_waited_for(
         with model.comoe as handle:
             remote = handle._serving.remote
             remote._read_s = lambda blob: 1.0
-            remote.outputs = lambda sent, dtype: (
-                [one.link.failed(remote._clock()) for one in sent.exchanges] and None
-            )
+            remote.outputs = lambda sent, dtype: [one.link.failed(remote._clock()) for one in sent.exchanges] and None
             model.generate(IDS, max_new_tokens=1, do_sample=False)
             stats = handle.stats()
             assert stats["edge_runs"] == 0 and stats["hit_rate"] < 1
