@@ -20,7 +20,7 @@ from sweep import Subject
 
 from comoe.forms.plain import PlainMath
 from comoe.net import remote_run
-from comoe.net.remote_run import Node, Timed
+from comoe.net.remote_run import Node, RemoteRun, Timed, manifest_hash
 from comoe.net.wire import RunAnswer, RunRequest, encode_request
 from comoe.plan.missrule import HELP_S, WARM
 from comoe.runtime.edgelink import Known, Link, known_answer, open_links
@@ -66,6 +66,14 @@ def test_what_misses_is_run_by_the_node_and_the_answer_is_the_same_to_the_bit(
         stats = model.comoe.stats()
         assert stats["edge_runs"] > 0 and stats["edge_bytes"] > 0
         assert edge.metric("comoe_edge_expert_runs_total") >= stats["edge_runs"]
+
+
+def test_an_answer_says_how_many_experts_the_node_had_to_read(packed: Path) -> None:
+    with running(packed) as edge, closing(Pack(packed)) as pack:
+        plain = PlainMath(pack.manifest.site(0), "silu", True)
+        node = Node(edge.url)
+        client = Link(RemoteRun(node, manifest_hash(packed), perf_counter), known_answer(pack, plain, exact=True), None)
+        assert [client.ask().answer.read for _ in range(2)] == [1, 0]
 
 
 def test_a_prompt_of_a_few_tokens_is_run_by_the_node_too(packed: Path) -> None:

@@ -133,3 +133,10 @@ def test_closing_twice_is_closing_once_and_names_are_wanted_once() -> None:
             roaming(node, node)
     with pytest.raises(UsageError, match="once"):
         Roaming([])
+
+
+def test_once_they_are_closed_none_serves() -> None:
+    with nodes(1) as found:
+        with roaming(*found) as links:
+            assert eventually(lambda: links.serving is not None)
+        assert links.serving is None
