@@ -120,7 +120,8 @@ def test_hot_experts_are_in_memory_before_they_are_asked_for(toy: Path) -> None:
     with running(toy) as node:
         answer = node.ask(f"/packs/{PACK}/hot", "POST", b'{"experts": [[0, 1, "q4"], [1, 3, "q8"]], "session": "s"}')
         assert (answer.status, answer.document) == (202, {"accepted": 2})
-        until(lambda: node.metric("comoe_resident_bytes", tier="ram") > 3 * 1792)
+        until(lambda: node.metric("comoe_expert_requests_total", result="hit", tier="flash") == 3)  # high; high and low
+        assert node.metric("comoe_resident_bytes", tier="ram") > 3 * 1792
         node.file(PACK, blob_file(toy).name, range="bytes=5888-7679")
         assert node.metric("comoe_expert_requests_total", result="hit", tier="ram") == 1
 
