@@ -372,8 +372,8 @@ def test_a_node_that_is_late_for_another_question_does_not_rest(moved: Tier) -> 
 def test_an_answer_that_says_more_was_read_than_was_asked_for_is_none(packed: Path) -> None:
     with running(packed) as edge, closing(Pack(packed)) as pack:
         plain = PlainMath(pack.manifest.site(0), "silu", True)
-        node = Node(edge.url)
-        (link,) = open_links([node], [node], pack, known_answer(pack, plain, exact=True), perf_counter)
+        client = RemoteRun(Node(edge.url), manifest_hash(packed), perf_counter)
+        (link,) = open_links([client], [edge.url], pack, known_answer(pack, plain, exact=True), perf_counter)
         with pytest.MonkeyPatch.context() as patched, pytest.raises(RemoteUnavailable, match="something else"):
             decode = remote_run.decode_answer
             patched.setattr(remote_run, "decode_answer", lambda data: replace(decode(data), read=2))
@@ -414,8 +414,8 @@ def test_a_node_is_right_to_the_bit_or_nearly(packed: Path, exact: bool, answers
     with running(packed) as edge:
         pack = Pack(packed)
         plain = PlainMath(pack.manifest.site(0), "silu", True)
-        node = Node(edge.url)
-        (link,) = open_links([node], [node], pack, known_answer(pack, plain, exact=exact), perf_counter)
+        client = RemoteRun(Node(edge.url), manifest_hash(packed), perf_counter)
+        (link,) = open_links([client], [edge.url], pack, known_answer(pack, plain, exact=exact), perf_counter)
         link.known = link.known._replace(answer=link.known.answer * np.float32(answers))
         if right:
             assert len(link.ask().answer.y) == 1

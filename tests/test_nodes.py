@@ -3,10 +3,12 @@
 import json
 import logging
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
+from time import perf_counter
 
 import pytest
 from edges import running, until
@@ -15,6 +17,7 @@ from sources import read
 from webs import Web, serving
 
 from comoe.net.address import Access
+from comoe.net.breaker import Throttle
 from comoe.net.nodes import LEAST_PIECE, EdgeNodes
 from comoe.net.remote import RemotePack
 from comoe.net.remote_run import Node, manifest_hash
@@ -204,7 +207,7 @@ def test_a_node_out_of_reach_is_no_reason_to_refuse_where_another_answers(publis
     with near(published, tmp_path, "edge") as web:
         gone, here = Node("http://127.0.0.1:1"), Node(web.url)
         nodes = EdgeNodes([gone, here], manifest_hash(published))
-        assert nodes.there == [here] and nodes.serving == web.url
+        assert nodes.there == [web.url] and nodes.serving == web.url
         nodes.close()
 
 
@@ -217,6 +220,43 @@ def test_a_token_that_a_node_does_not_know_is_said(stack: ExitStack, published: 
     pack.nodes = stack.enter_context(EdgeNodes([Node(edge.url, "b" * 20)], manifest_hash(published)))
     with pytest.raises(UsageError, match="token"):
         source_of(pack)
+
+
+def test_a_node_that_refuses_later_is_but_another_that_fails(stack: ExitStack, published: Path, tmp_path: Path) -> None:
+    origin, edge, pack, _ = edged(stack, published, tmp_path)
+    first, second = pack.blob_ids()[:2]
+    assert pack.tier(first) == "edge"
+    with closing(Pack(published)) as local:
+        assert read(pack, first) == read(local, first)
+        edge.token = "another"
+        assert read(pack, second) == read(local, second)
+    assert [name for name, _ in origin.asked if name.endswith(".safetensors")]
+
+
+def test_all_that_comes_over_a_link_is_held_to_what_it_carries_together(
+    stack: ExitStack, published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: Counter[Throttle] = Counter()
+    monkeypatch.setattr(Throttle, "take", lambda self, nbytes: taken.update({self: nbytes}))
+    origin, edge = stack.enter_context(serving(published)), stack.enter_context(running(published))
+    access = Access(tmp_path / "cache", 0, link=(1e9, 0.001))
+    model = load(origin.url, expert_memory="20%", edges=[edge.url], prefetch="off", access=access)
+    with model.comoe as handle:
+        (throttle,) = taken
+        before = taken.total()
+        with closing(handle.nodes.clients(perf_counter)[0]) as client:
+            client.announce([(0, 0, "exact")])
+        assert taken.total() > before
+        handle.begin_request()
+        before = taken.total()
+        greedy(model, 8)
+        assert taken.total() - before >= handle.stats()["bytes_read"]["edge"] > 0
+        handle.nodes.close()  # what is missed from now on comes from the origin
+        handle.begin_request()
+        before = taken.total()
+        greedy(model, 8)
+        assert taken.total() - before >= handle.stats()["bytes_read"]["origin"] > 0
+    assert list(taken) == [throttle]
 
 
 def test_an_exact_answer_over_the_network_is_the_same_though_the_node_that_serves_dies(

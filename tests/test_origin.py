@@ -10,6 +10,7 @@ from webs import serving
 
 from comoe.net import origin
 from comoe.net.address import Access
+from comoe.net.breaker import throttle_of
 from comoe.net.origin import Origin
 from comoe.types import PackError, RemoteUnavailable, UsageError
 
@@ -55,7 +56,7 @@ def test_a_slow_link_is_measured_by_less(published: Path) -> None:
         file = max(published.glob("*.safetensors"), key=lambda path: path.stat().st_size)
         part = SimpleNamespace(file=file.name)
         manifest = SimpleNamespace(layers=[SimpleNamespace(parts={"exact": part})])
-        of, came = Origin(web.url, Access(link=(1.5 * origin.CHUNK_BYTES, 0.0))), []
+        of, came = Origin(web.url, Access(), throttle=throttle_of((1.5 * origin.CHUNK_BYTES, 0.0))), []
         stream = of.stream
 
         def counted(*words: Any) -> Any:
@@ -137,7 +138,7 @@ def test_a_node_that_is_gone_is_soon_not_asked_any_more(folder: Path) -> None:
 def test_no_more_than_the_rate_comes(folder: Path) -> None:
     with serving(folder) as web:
         start_s = perf_counter()
-        fetched(Origin(web.url, Access(link=(2 * len(DATA), 0.0))), 0, len(DATA))
+        fetched(Origin(web.url, Access(), throttle=throttle_of((2 * len(DATA), 0.0))), 0, len(DATA))
         assert perf_counter() - start_s > 0.35
 
 

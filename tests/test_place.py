@@ -61,6 +61,11 @@ def test_a_link_is_planned_for(comoe: Comoe, web: Web) -> None:
     assert ms("1Mbit,100ms") > 3 * ms("1Gbit,1ms")
 
 
+def test_a_link_that_nothing_comes_over_is_said_to_change_nothing(comoe: Comoe, web: Web, published: Path) -> None:
+    assert "--link changes nothing" in comoe("run", published, *PROMPT, "--link", "1Gbit,1ms").err
+    assert "--link" not in comoe("run", web.url, *PROMPT, "--link", "1Gbit,1ms").err
+
+
 def test_the_cache_is_listed_and_cleared(comoe: Comoe, web: Web, tmp_path: Path) -> None:
     comoe("run", web.url, *PROMPT)
     held = document(comoe("cache", "ls", "--json"))

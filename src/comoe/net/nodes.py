@@ -12,13 +12,14 @@ from time import monotonic
 from typing import NamedTuple
 
 from comoe.net.address import Access
+from comoe.net.breaker import Throttle
 from comoe.net.handover import Event, Kind
 from comoe.net.links import LinkState
 from comoe.net.origin import Leash, Origin
 from comoe.net.probe import Probe
 from comoe.net.remote_run import HotExpert, Node, RemoteRun
 from comoe.net.roaming import Roaming
-from comoe.types import ComoeError, PackError, RemoteUnavailable
+from comoe.types import ComoeError, PackError, RemoteUnavailable, UsageError
 
 PIECE_S, SEARCHING_S, LEAST_PIECE = 0.05, 0.5, 2048
 """While a node runs experts, too, what is read comes in pieces of so many seconds of the link, one at a time: an answer
@@ -56,8 +57,8 @@ class Announced(NamedTuple):
 class EdgeNodes:
     """The `nodes` that may serve the pack whose manifest has the SHA-256 `identity`, watched until `close`.
 
-    No more comes than `link` carries: bytes per second, seconds of round trip; None for no limit. `hot`, called from a
-    thread of this, says what the session uses most; `runs` whether the node runs experts, too. Every event is logged.
+    No more comes than `throttle` lets through, but for health. `hot`, called from a thread of this, says what the
+    session uses most; `runs` whether the node runs experts, too. Every event is logged.
     Raises RemoteUnavailable where no node answers, or none for a while where these are `awaited`; UsageError.
     """
 
@@ -65,12 +66,12 @@ class EdgeNodes:
         self,
         nodes: Sequence[Node],
         identity: str,
-        link: tuple[float, float] | None = None,
+        throttle: Throttle | None = None,
         *,
         awaited: bool = False,
     ) -> None:
         self._nodes = {node.url: node for node in nodes}
-        self._identity, self._link = identity, link
+        self._identity, self._throttle = identity, throttle
         self._probes = {
             node.url: Probe(node.url, PROBE_S, identity, node.trust() if node.url.startswith("https") else None)
             for node in nodes
@@ -96,9 +97,9 @@ class EdgeNodes:
         return self._roaming.serving
 
     @property
-    def there(self) -> list[Node]:
-        """The nodes that answered when they were asked last."""
-        return [self._nodes[url] for url in self._roaming.there]
+    def there(self) -> list[str]:
+        """The URLs of the nodes that answered when they were asked last."""
+        return self._roaming.there
 
     @property
     def counts(self) -> dict[str, int]:
@@ -119,6 +120,10 @@ class EdgeNodes:
         """The link to the node that serves; None without one."""
         serving = self.serving
         return None if serving is None else self.links()[serving]
+
+    def clients(self, clock: Callable[[], float]) -> list[RemoteRun]:
+        """Of each node what has it run experts. Whoever takes them closes them."""
+        return [RemoteRun(node, self._identity, clock, self._throttle) for node in self._nodes.values()]
 
     @contextmanager
     def sharing(self, rate_bps: Callable[[], float]) -> Iterator[int | None]:
@@ -149,7 +154,8 @@ class EdgeNodes:
         """Fill `into` from byte `start` of the file `name`; how many bytes came before no node was left to ask.
 
         What breaks, or belongs to a node that serves no more, goes on at the next one. Who reads checks the bytes.
-        Raises UsageError where a node does not know the token.
+        Raises UsageError where a node does not know the token, before any node has sent anything: later one that does
+        not is but another that fails.
         """
         at = 0
         while at < len(into):
@@ -162,7 +168,9 @@ class EdgeNodes:
                         came(len(chunk))
                         if self.serving != node:
                             break
-            except (RemoteUnavailable, PackError):
+            except (RemoteUnavailable, PackError, UsageError) as error:
+                if isinstance(error, UsageError) and not any(origin.came for origin in self._files.values()):
+                    raise
                 if self.serving in (node, None):
                     return at
         return at
@@ -182,7 +190,7 @@ class EdgeNodes:
         url = node + self._probes[node].folder
         if url not in self._files:
             known = self._nodes[node]
-            self._files[url] = Origin(url, Access(token=known.token, ca=known.ca, link=self._link), NEAR)
+            self._files[url] = Origin(url, Access(token=known.token, ca=known.ca), NEAR, self._throttle)
         return self._files[url]
 
     def _heard(self, event: Event) -> None:

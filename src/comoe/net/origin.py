@@ -58,10 +58,10 @@ ONLY = Leash()
 class Origin:
     """The folder of files at `url`, from which `came` bytes did so far. Several threads may read at once.
 
-    No more comes than `access` says that the link carries; `leash` is for nodes that may not answer.
+    No more comes than `throttle` lets through; `leash` is for nodes that may not answer.
     """
 
-    def __init__(self, url: str, access: Access, leash: Leash = ONLY) -> None:
+    def __init__(self, url: str, access: Access, leash: Leash = ONLY, throttle: Throttle | None = None) -> None:
         if not is_url(url) or not urlsplit(url).netloc:
             raise UsageError(
                 f"{url!r} is no address of a pack: give one such as https://host/pack or s3://bucket/pack."
@@ -71,7 +71,7 @@ class Origin:
         self._breaker, self._why = Breaker(monotonic), ""
         self._meter, self._lock = Meter(Link()), Lock()
         self.came = 0
-        self._throttle = Throttle(access.link[0], monotonic, sleep) if access.link else None
+        self._throttle = throttle
 
     @property
     def rate_bps(self) -> float | None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from comoe.net.address import Access, is_url
+from comoe.net.breaker import throttle_of
 from comoe.net.remote_run import Node, manifest_hash
 from comoe.store.manifest import Manifest
 from comoe.store.pack import Pack
@@ -47,12 +48,14 @@ def reading_of(where: str, access: Access, manifest: Manifest) -> tuple[float, f
 def open_nodes(nodes: Sequence[Node], pack: Pack, link: tuple[float, float] | None) -> "EdgeNodes":
     """Edge nodes that may serve a pack; one behind a URL is read from them, too, and its link may be gone for a moment.
 
-    No more comes than `link` carries: bytes per second, seconds of round trip. Raises RemoteUnavailable, UsageError.
+    Of a pack in a folder no more comes from them than `link` carries (bytes per second, seconds of round trip); with
+    what comes of one behind a URL no more than was said when it was opened. Raises RemoteUnavailable, UsageError.
     """
     from comoe.net.nodes import EdgeNodes
     from comoe.net.remote import RemotePack
 
-    found = EdgeNodes(nodes, manifest_hash(pack.folder), link, awaited=pack.remote)
+    throttle = pack.throttle if isinstance(pack, RemotePack) else throttle_of(link)
+    found = EdgeNodes(nodes, manifest_hash(pack.folder), throttle, awaited=pack.remote)
     if isinstance(pack, RemotePack):
         pack.nodes = found
     return found

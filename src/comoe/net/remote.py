@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 from blake3 import blake3
 
 from comoe.net.address import Access
+from comoe.net.breaker import throttle_of
 from comoe.net.coalesce import MOST_NBYTES, Range, coalesced
 from comoe.net.flash import FlashCache
 from comoe.net.nodes import EdgeNodes
@@ -33,7 +34,8 @@ class RemotePack(Pack):
     remote = True
 
     def __init__(self, url: str, access: Access, source: Path | None = None) -> None:
-        self._link, self._origin = access.link, Origin(url, access)
+        self._link, self.throttle = access.link, throttle_of(access.link)
+        self._origin = Origin(url, access, throttle=self.throttle)
         self.nodes: EdgeNodes | None = None
         self._brought: dict[str, str] = {}
         self._cache = FlashCache(access.cache, access.cache_bytes)
@@ -183,7 +185,8 @@ class RemotePack(Pack):
 
 def describe(url: str, access: Access) -> Path:
     """The mirror of the pack at `url`, with its manifest and small files, as they are or as they were seen last."""
-    origin, cache = Origin(url, access), FlashCache(access.cache, access.cache_bytes)
+    origin = Origin(url, access, throttle=throttle_of(access.link))
+    cache = FlashCache(access.cache, access.cache_bytes)
     try:
         with cache.mirroring(mirror_name(origin.url)) as folder:
             for name, digest in _newest(origin, folder).files.items():

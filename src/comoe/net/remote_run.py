@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import SplitResult, urlsplit
 
+from comoe.net.breaker import Throttle
 from comoe.net.health import MOST_NBYTES, PATH, folder_in
 from comoe.net.wire import (
     IDENTITY_BYTES,
@@ -68,10 +69,13 @@ class RemoteRun:
 
     Every call raises RemoteUnavailable where the node does not answer, is full or stops, or what it says is no answer;
     UsageError where it does not know the token. The connection opens with the first call, and again after a failure.
+    No more comes than `throttle` lets through.
     """
 
-    def __init__(self, node: Node, manifest_hash: str, clock: Callable[[], float]) -> None:
-        self._node, self._hash, self._clock = node, manifest_hash, clock
+    def __init__(
+        self, node: Node, manifest_hash: str, clock: Callable[[], float], throttle: Throttle | None = None
+    ) -> None:
+        self._node, self._hash, self._clock, self._throttle = node, manifest_hash, clock, throttle
         self._parts = urlsplit(node.url)
         self._connection: http.client.HTTPConnection | None = None
         self._found = ""
@@ -136,6 +140,8 @@ class RemoteRun:
         connection.request(method, path, body, headers)
         response = connection.getresponse()
         data = response.read(most + 1)
+        if self._throttle is not None:
+            self._throttle.take(len(data))
         if response.status in (200, 202) and len(data) <= most:
             return data
         if not response.isclosed():  # more than any answer

@@ -4,7 +4,7 @@ Which node is asked is `runtime.edgetier`'s; the exchange itself is `net.remote_
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from comoe.forms.plain import Floats, PlainMath
-from comoe.net.remote_run import Node, RemoteRun, Timed, manifest_hash
+from comoe.net.remote_run import RemoteRun, Timed
 from comoe.net.wire import RunRequest, Uses
 from comoe.store.pack import Pack
 from comoe.types import ComoeError, ExpertId, Otherwise, RemoteUnavailable
@@ -141,20 +141,19 @@ class Link:
 
 
 def open_links(
-    nodes: Sequence[Node], there: Sequence[Node], pack: Pack, known: Known, clock: Callable[[], float]
+    clients: Sequence[RemoteRun], there: Collection[str], pack: Pack, known: Known, clock: Callable[[], float]
 ) -> list[Link]:
-    """`nodes`, of which those that are `there` are asked now whether they answer a known question as this device does.
+    """Links to nodes, of which those whose URLs are `there` are asked now a known question, which this device answered.
 
     A pack on the network is served without them, too: none needs to answer now. RemoteUnavailable where they answer
     otherwise, or none of them does for a pack that is here; UsageError where one does not know the token.
     """
-    identity = manifest_hash(pack.folder)
-    links = [Link(RemoteRun(node, identity, clock), known, ThreadPoolExecutor(1, "comoe-edge")) for node in nodes]
+    links = [Link(client, known, ThreadPoolExecutor(1, "comoe-edge")) for client in clients]
     problems = []
     with ExitStack() as on_failure:
         for link in links:
             on_failure.callback(link.close)
-        for link in (link for link, node in zip(links, nodes, strict=True) if node in there):
+        for link in (link for link in links if link.remote.url in there):
             try:
                 link.measure(clock)
             except RemoteUnavailable as error:

@@ -313,7 +313,7 @@ class Loader:
             return None
         same = self.options.max_loss == 0 or self.pin is not None or self.options.log
         right = known_answer(self.pack, math.plain, exact=same)
-        links = open_links(self.options.edges, nodes.there, self.pack, right, perf_counter)
+        links = open_links(nodes.clients(perf_counter), nodes.there, self.pack, right, perf_counter)
         tier = RemoteTier(links, lambda: nodes.serving, self.pack, self._read_s, perf_counter)
         nodes.runs = lambda: tier.runs
         return on_failure.enter_context(closing(tier))
