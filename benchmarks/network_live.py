@@ -6,6 +6,9 @@ dense part on flash and no expert. Its worth is in tokens of the exact model: ea
 is likely, by the window's geometric mean, over how likely the exact model finds it. Loading counts, and waiting for a
 floor.
 
+`static` is the plan that `comoe run` makes without an edge node that runs experts: an early floor from the same
+server, then what is missed.
+
 The node is 27 ms away. A token goes through the small model's layers, not the large one's, so that misses that run
 elsewhere take fewer round trips than in virtual time; but what is sent there is slowed down as experts are, though it
 is not as much smaller. Packs must be self-contained. Needs root, and the extra
@@ -79,10 +82,7 @@ def document(rows: Sequence[Row]) -> dict[str, Any]:
         "name": "network_live",
         "machine": machine(),
         "settings": {"max_loss": MAX_LOSS, "share": SHARE, "reader_s": READER_S, "rtt_s": RTT_S, "seconds": WINDOW_S},
-        "live_gain_over_best_static": gains[STATIC]["gain"],
-        "live_gain_over_best_static_ci95": gains[STATIC]["gain_ci95"],
-        "live_total_gain_over_best_static": gains[STATIC]["total_gain"],
-        "live_gains": gains,
+        "gains_over": gains,
         "windows": len(windows),
         "rows": list(rows),
     }

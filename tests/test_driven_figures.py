@@ -100,5 +100,8 @@ def test_bytes_that_an_announcement_moved_are_neither_more_than_was_told_nor_tha
 
 def test_ratios_are_medians_over_windows_and_of_all_together() -> None:
     rows = [{"a": {"worth": a}, "b": {"worth": b}} for a, b in ((4.0, 2.0), (3.0, 2.0), (9.0, 3.0), (0.0, 0.0))]
-    assert ratios(rows, "a", "b") == {"gain": 2.0, "gain_ci95": [1.5, 3.0], "total_gain": 16 / 7}
+    all_answer = {"answered": 3, "answered_gain": 16 / 7}
+    assert ratios(rows, "a", "b") == {"gain": 2.0, "gain_ci95": [1.5, 3.0], "total_gain": 16 / 7, **all_answer}
+    some = ratios([*rows, {"a": {"worth": 5.0}, "b": {"worth": 0.0}}], "a", "b")
+    assert (some["total_gain"], some["answered"], some["answered_gain"]) == (21 / 7, 3, 16 / 7)
     assert ratios([{"a": {"worth": 1.0}, "b": {"worth": 0.0}}], "a", "b")["gain"] is None

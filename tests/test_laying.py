@@ -12,7 +12,9 @@ from edges import running, until
 from webs import serving
 
 from comoe.memory.cache import BlobCache
+from comoe.net import breaker, origin
 from comoe.net.address import Access
+from comoe.net.remote import RemotePack
 from comoe.runtime.edgetier import Link
 from comoe.runtime.laying import LONGEST_REST_S, Laying
 from comoe.runtime.load import load
@@ -151,3 +153,23 @@ def test_a_floor_that_takes_long_leaves_the_link_to_others_until_a_read_is_quick
         Laying(handle._serving, handle.pack.blob_ids()[:50]).start().join()
         assert not rests and len(took_s) == 50 - 7  # eight at a time
         handle._serving.remote = None
+
+
+@pytest.mark.parametrize("cache_bytes", [0, 1 << 30])
+def test_a_load_waits_for_its_floor_while_the_link_is_gone_as_long_as_it_may(
+    published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache_bytes: int
+) -> None:
+    monkeypatch.setattr(origin, "BACKOFF_S", 0.01)
+    monkeypatch.setattr(breaker, "COOL_S", 0.1)
+    with serving(published) as web:
+        pack = RemotePack(web.url, Access(tmp_path / "cache", cache_bytes, link=(1e8, 0.01)))
+        web.fail = 5  # a read is tried three times
+        with load(pack, expert_memory="500%", max_loss="500%", prefetch="off").comoe as handle:
+            assert web.fail == 0
+            assert handle.plan.floor is not None
+            assert handle.stats()["link_wait_ms"] > 0
+        monkeypatch.setattr("comoe.runtime.load.LINK_GONE_S", 0.0)
+        pack = RemotePack(web.url, Access(tmp_path / "other", cache_bytes, link=(1e8, 0.01)))
+        web.fail = 1000
+        with pytest.raises(RemoteUnavailable):
+            load(pack, expert_memory="500%", max_loss="500%", prefetch="off")

@@ -3,11 +3,13 @@
 import contextlib
 import re
 import shlex
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from commands import call
+from edges import running
 
 from comoe.store.shipped import demo_checkpoint
 
@@ -49,3 +51,22 @@ def test_the_commands_and_the_library_do_what_the_readme_shows(
     assert model.comoe.stats()["uses"] == 0  # type: ignore[attr-defined]
     with contextlib.closing(model.comoe):  # type: ignore[attr-defined]
         assert model.comoe.plan.target == "exact"  # type: ignore[attr-defined]
+
+
+def test_what_it_shows_of_two_machines_runs(
+    published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COMOE_CACHE", str(tmp_path / "cache"))
+    (block,) = blocks("console")
+    pack, near, here = (shlex.split(line.partition("$")[2])[1:] for line in block.splitlines())
+    command, name, listen, place = near
+    assert pack[0] == "pack" and pack[2:] == ["-o", name, "--self-contained"]
+    assert (command, listen) == ("edge", "--listen")
+    shutil.copytree(published, name)
+    with running(Path(name)) as edge:
+        words = [word.replace(f"http://near:{place.rpartition(':')[2]}", edge.url) for word in here]
+        assert sum(edge.url in word for word in words) == 2
+        result = call(capsys, monkeypatch, *words)
+    assert result.code == 0, result.err
+    assert result.out.strip()

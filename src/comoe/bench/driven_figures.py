@@ -133,15 +133,18 @@ def _grown(counts: Sequence[Count], name: str, begin_s: float, end_s: float) -> 
 
 
 def ratios(rows: Sequence[Row], one: str, other: str) -> dict[str, Any]:
-    """By how much the windows of one policy are worth more than those of another: the median with its interval, and all
-    together. None where the other's are worth nothing; windows where neither is worth anything do not count."""
+    """By how much the windows of one policy are worth more than those of another: the median with its interval, all
+    together, and those together in which the other, too, is worth anything, `answered` of them. None where the other's
+    are worth nothing; windows where neither is worth anything do not count."""
     pairs = [(row[one]["worth"], row[other]["worth"]) for row in rows]
     found = [mine / theirs if theirs else inf for mine, theirs in pairs if mine or theirs]
-    total = sum(theirs for _, theirs in pairs)
+    total, both = sum(theirs for _, theirs in pairs), sum(mine for mine, theirs in pairs if theirs)
     return {
         "gain": _finite(median(found)) if found else None,
         "gain_ci95": [_finite(bound) for bound in median_interval(found)] if found else None,
         "total_gain": sum(mine for mine, _ in pairs) / total if total else None,
+        "answered": sum(theirs > 0 for _, theirs in pairs),
+        "answered_gain": both / total if total else None,
     }
 
 

@@ -53,7 +53,7 @@ Link = Annotated[
     Option(
         envvar="COMOE_LINK",
         metavar="RATE,RTT",
-        help="The link that experts come over, such as 40Mbit,20ms: planned for, and never exceeded.",
+        help="The link that experts come over, such as 40Mbit,20ms: planned for; files and answers keep within it.",
     ),
 ]
 Json = Annotated[bool, switch("json", "Print one JSON document on stdout.")]

@@ -1,7 +1,7 @@
 """`comoe run`: text from a packed model inside a budget."""
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
@@ -135,8 +135,10 @@ def command(
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed, tuple(stop or ()), ignore_eos)
     say_what_is_logged()
     reach = access(cache, cache_size, token_file, link)
-    place = _place(pack, source, reach, edge or ())
+    place = _place(pack, source, reach)
     session = Session(place, wish(memory, expert_memory, max_loss, exact), sampling, chat=chat)
+    if link is not None and not is_url(pack) and not edge:
+        say(f"{pack} is on this machine and no --edge is given: --link changes nothing.")
     given = _given(prompt, prompt_file)
     if given is None and json:
         raise UsageError("--json needs a prompt: give --prompt or --prompt-file.")
@@ -156,11 +158,9 @@ def command(
             print_json(document)
 
 
-def _place(pack: str, source: Path | None, reach: Access, nodes: Sequence[str]) -> Path | Pack:
+def _place(pack: str, source: Path | None, reach: Access) -> Path | Pack:
     """The pack's folder; what is behind an address, open, with all but its experts here."""
     if not is_url(pack):
-        if reach.link is not None and not nodes:
-            say(f"{pack} is on this machine and no --edge is given: --link changes nothing.")
         return Path(pack)
     say(f"fetching what {pack} has beside its experts, as far as it is not here yet")
     return open_pack(pack, source, reach)

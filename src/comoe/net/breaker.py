@@ -4,8 +4,9 @@ import threading
 from collections.abc import Callable
 from time import monotonic, sleep
 
-FAILURES, COOL_S, LONGEST_S = 3, 1.0, 30.0
-"""So many failures in a row open the circuit; it stays open so long, twice as long after each trial that fails."""
+FAILURES, COOL_S, LONGEST_S = 3, 1.0, 4.0
+"""So many failures in a row open the circuit; it stays open so long, twice as long after each trial that fails, as far
+as a session may wait that whose link is back."""
 
 
 class Breaker:

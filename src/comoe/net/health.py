@@ -4,11 +4,16 @@ Who asks is elsewhere."""
 import json
 from urllib.parse import quote
 
-from comoe.types import RemoteUnavailable
+from comoe.types import RemoteUnavailable, UsageError
 
 PATH = "/health"
 MOST_NBYTES = 1 << 20
 """Of an answer, what is read."""
+
+
+def unknown_token(url: str) -> UsageError:
+    """What to say of a node that refuses a device's token, or its having none."""
+    return UsageError(f"{url} does not know this token: give the file of its token as --token-file.")
 
 
 def came_in(data: bytes) -> int:

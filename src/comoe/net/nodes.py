@@ -19,7 +19,7 @@ from comoe.net.origin import Leash, Origin
 from comoe.net.probe import Probe
 from comoe.net.remote_run import HotExpert, Node, RemoteRun
 from comoe.net.roaming import Roaming
-from comoe.types import ComoeError, PackError, RemoteUnavailable, UsageError
+from comoe.types import ComoeError
 
 PIECE_S, SEARCHING_S, LEAST_PIECE = 0.05, 0.5, 2048
 """While a node runs experts, too, what is read comes in pieces of so many seconds of the link, one at a time: an answer
@@ -59,7 +59,8 @@ class EdgeNodes:
 
     No more comes than `throttle` lets through, but for health. `hot`, called from a thread of this, says what the
     session uses most; `runs` whether the node runs experts, too. Every event is logged.
-    Raises RemoteUnavailable where no node answers, or none for a while where these are `awaited`; UsageError.
+    Raises RemoteUnavailable where no node answers, or none for a while where these are `awaited`; UsageError where one
+    does not know the token. One that is asked for the first time later, and does not, never serves.
     """
 
     def __init__(
@@ -73,7 +74,9 @@ class EdgeNodes:
         self._nodes = {node.url: node for node in nodes}
         self._identity, self._throttle = identity, throttle
         self._probes = {
-            node.url: Probe(node.url, PROBE_S, identity, node.trust() if node.url.startswith("https") else None)
+            node.url: Probe(
+                node.url, PROBE_S, identity, node.trust() if node.url.startswith("https") else None, node.token
+            )
             for node in nodes
         }
         self._files: dict[str, Origin] = {}
@@ -87,7 +90,7 @@ class EdgeNodes:
         ).start()
         try:
             self._roaming.first(FIRST_S, awaited=awaited)
-        except RemoteUnavailable:
+        except ComoeError:
             self.close()
             raise
 
@@ -123,7 +126,7 @@ class EdgeNodes:
 
     def clients(self, clock: Callable[[], float]) -> list[RemoteRun]:
         """Of each node what has it run experts. Whoever takes them closes them."""
-        return [RemoteRun(node, self._identity, clock, self._throttle) for node in self._nodes.values()]
+        return [self._client(node, clock) for node in self._nodes.values()]
 
     @contextmanager
     def sharing(self, rate_bps: Callable[[], float]) -> Iterator[int | None]:
@@ -154,8 +157,6 @@ class EdgeNodes:
         """Fill `into` from byte `start` of the file `name`; how many bytes came before no node was left to ask.
 
         What breaks, or belongs to a node that serves no more, goes on at the next one. Who reads checks the bytes.
-        Raises UsageError where a node does not know the token, before any node has sent anything: later one that does
-        not is but another that fails.
         """
         at = 0
         while at < len(into):
@@ -168,9 +169,7 @@ class EdgeNodes:
                         came(len(chunk))
                         if self.serving != node:
                             break
-            except (RemoteUnavailable, PackError, UsageError) as error:
-                if isinstance(error, UsageError) and not any(origin.came for origin in self._files.values()):
-                    raise
+            except ComoeError:
                 if self.serving in (node, None):
                     return at
         return at
@@ -185,6 +184,9 @@ class EdgeNodes:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+    def _client(self, node: Node, clock: Callable[[], float]) -> RemoteRun:
+        return RemoteRun(node, self._identity, clock, self._throttle)
 
     def _origin(self, node: str) -> Origin:
         url = node + self._probes[node].folder
@@ -203,7 +205,7 @@ class EdgeNodes:
         experts = list(self.hot())
         if not experts:
             return
-        with closing(RemoteRun(self._nodes[node], self._identity, monotonic)) as client:
+        with closing(self._client(self._nodes[node], monotonic)) as client:
             try:
                 client.announce(experts)
             except ComoeError:

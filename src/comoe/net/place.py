@@ -48,13 +48,13 @@ def reading_of(where: str, access: Access, manifest: Manifest) -> tuple[float, f
 def open_nodes(nodes: Sequence[Node], pack: Pack, link: tuple[float, float] | None) -> "EdgeNodes":
     """Edge nodes that may serve a pack; one behind a URL is read from them, too, and its link may be gone for a moment.
 
-    Of a pack in a folder no more comes from them than `link` carries (bytes per second, seconds of round trip); with
-    what comes of one behind a URL no more than was said when it was opened. Raises RemoteUnavailable, UsageError.
+    No more comes from them than `link` carries: bytes per second, seconds of round trip; together with the pack's own
+    where that was opened with a link. Raises RemoteUnavailable, UsageError.
     """
     from comoe.net.nodes import EdgeNodes
     from comoe.net.remote import RemotePack
 
-    throttle = pack.throttle if isinstance(pack, RemotePack) else throttle_of(link)
+    throttle = (pack.throttle if isinstance(pack, RemotePack) else None) or throttle_of(link)
     found = EdgeNodes(nodes, manifest_hash(pack.folder), throttle, awaited=pack.remote)
     if isinstance(pack, RemotePack):
         pack.nodes = found

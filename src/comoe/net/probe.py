@@ -5,7 +5,8 @@ from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from time import perf_counter
 from urllib.parse import urlsplit
 
-from comoe.net.health import MOST_NBYTES, PATH, came_in, folder_in
+from comoe.net.health import MOST_NBYTES, PATH, came_in, folder_in, unknown_token
+from comoe.store.manifest import MANIFEST
 from comoe.types import RemoteUnavailable, UsageError
 
 
@@ -15,29 +16,41 @@ class Probe:
     `identity` is the SHA-256 of the manifest of a pack that it must serve, None for any; `folder` is then where. As it
     said last, `came` bytes did from where its packs are published.
     `context` says which certificates of https are trusted; None: those that the system trusts.
+    `token` must be the node's, if it has one.
     """
 
     def __init__(
-        self, url: str, timeout_s: float, identity: str | None = None, context: ssl.SSLContext | None = None
+        self,
+        url: str,
+        timeout_s: float,
+        identity: str | None = None,
+        context: ssl.SSLContext | None = None,
+        token: str | None = None,
     ) -> None:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise UsageError(f"{url!r} is no edge node: name it as http://host:port or https://host:port.")
         self.url, self._timeout_s, self._identity, self._context = url, timeout_s, identity, context
+        self._headers = {"Authorization": f"Bearer {token}"} if token else {}
         self.folder, self.came = "", 0
         self._secure, self._host, self._port = parts.scheme == "https", parts.hostname, parts.port
         self._connection: HTTPConnection | None = None
 
     def ask(self) -> float:
-        """The round trip in seconds, of a connection that was open already. Raises RemoteUnavailable.
+        """The round trip in seconds, of a connection that was open already.
 
-        A node that drains answers 503 and counts as gone; one that was not asked before is asked twice.
+        A node that drains answers 503 and counts as gone; one that was not asked before is asked twice, and whether it
+        knows the token. Raises RemoteUnavailable; UsageError where it does not.
         """
         try:
             if self._connection is None:
                 self._connection = self._connect()
                 self._asked()
+                self._admitted()
             return self._asked()
+        except UsageError:
+            self.close()
+            raise
         except (OSError, HTTPException, ValueError) as error:
             self.close()
             raise RemoteUnavailable(f"{self.url} does not answer: is the edge node running?") from error
@@ -52,6 +65,16 @@ class Probe:
         if self._secure:
             return HTTPSConnection(self._host, self._port, timeout=self._timeout_s, context=self._context)
         return HTTPConnection(self._host, self._port, timeout=self._timeout_s)
+
+    def _admitted(self) -> None:
+        """Health is told to everybody, a pack to those who know the token."""
+        assert self._connection is not None
+        if self.folder:
+            self._connection.request("HEAD", f"{self.folder}/{MANIFEST}", headers=self._headers)
+            answer = self._connection.getresponse()
+            answer.read()
+            if answer.status in (401, 403):
+                raise unknown_token(self.url)
 
     def _asked(self) -> float:
         assert self._connection is not None

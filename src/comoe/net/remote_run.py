@@ -14,7 +14,7 @@ from typing import NamedTuple
 from urllib.parse import SplitResult, urlsplit
 
 from comoe.net.breaker import Throttle
-from comoe.net.health import MOST_NBYTES, PATH, folder_in
+from comoe.net.health import MOST_NBYTES, PATH, folder_in, unknown_token
 from comoe.net.wire import (
     IDENTITY_BYTES,
     MAX_BYTES,
@@ -147,7 +147,7 @@ class RemoteRun:
         if not response.isclosed():  # more than any answer
             self.close()
         if response.status in (401, 403):
-            raise UsageError(f"{self._node.url} does not know this token: give the file of its token as --token-file.")
+            raise unknown_token(self._node.url)
         raise RemoteUnavailable(f"{self._node.url} refuses ({response.status}): {_sentence(data)}")
 
     def _connect(self) -> http.client.HTTPConnection:

@@ -3,6 +3,7 @@
 A thread for each node probes it, so that a dead one delays nobody. Who reads from a node tells what came by `reading`.
 """
 
+import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,8 @@ from comoe.net.handover import DEFAULT_RULE, Event, Handover, NextNode, Rule, Si
 from comoe.net.links import Link, LinkState, states
 from comoe.net.meter import Meter
 from comoe.types import ComoeError, RemoteUnavailable, UsageError
+
+LOG = logging.getLogger("comoe")
 
 PERIOD_S = 0.25
 """Between two probes of a node."""
@@ -61,7 +64,7 @@ class Roaming:
         self._links = {node: Link() for node in self._probes}
         self._meters = {node: Meter(link) for node, link in self._links.items()}
         self._machine = Handover(rule, history or NextNode())
-        self._problems: dict[str, RemoteUnavailable] = {}
+        self._problems: dict[str, ComoeError] = {}
         self._unasked = set(self._probes)
         self._lock, self._closing, self._asked = Lock(), Flag(), Flag()
         self._threads = [Thread(target=self._watch, args=(node,), daemon=True) for node in self._probes]
@@ -75,15 +78,21 @@ class Roaming:
     def first(self, timeout_s: float, *, awaited: bool = False) -> None:
         """Wait until every node was asked once, and one answers if these are `awaited`.
 
-        Raises RemoteUnavailable where none that was asked does.
+        Raises RemoteUnavailable where none that was asked does; UsageError where one does not know the token.
         """
         until_s = self._clock() + timeout_s
         self._asked.wait(timeout_s)
-        while awaited and not self.there and self._clock() < until_s:
+        while awaited and not self.there and not self._refusals and self._clock() < until_s:
             self._closing.wait(PERIOD_S)
         with self._lock:
+            if self._refusals:
+                raise self._refusals[0]
             if not self.there and self._problems:
                 raise next(iter(self._problems.values()))
+
+    @property
+    def _refusals(self) -> list[UsageError]:
+        return [problem for problem in list(self._problems.values()) if isinstance(problem, UsageError)]
 
     @property
     def there(self) -> list[str]:
@@ -160,10 +169,12 @@ class Roaming:
             loaded = meter.busy
             try:
                 rtt_s = probe.ask()
-            except RemoteUnavailable as error:
+            except (RemoteUnavailable, UsageError) as error:
                 with self._lock:
-                    self._problems[node] = error
+                    before, self._problems[node] = self._problems.get(node), error
                     link.failed()
+                if self._asked.is_set() and isinstance(error, UsageError) and not isinstance(before, UsageError):
+                    LOG.warning(error)
             else:
                 with self._lock:
                     self._problems.pop(node, None)

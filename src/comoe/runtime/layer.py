@@ -153,6 +153,16 @@ class Serving:
         there = self.cache.residents([way.blobs for way in ways])
         return next(((at, ways[at]) for at in reversed(range(len(ways))) if there[at]), None)
 
+    def wait_for_link(self, waited_s: float, error: RemoteUnavailable) -> float:
+        """Wait a little, after so many seconds of that; the seconds. Raises the error after all patience."""
+        if waited_s >= self.patience_s:
+            raise error
+        if not waited_s:
+            LOG.warning(f"waiting for a link: {error}")
+        sleep(AGAIN_S)
+        self.counts.link_wait_s += AGAIN_S
+        return AGAIN_S
+
     def nbytes(self, way: Way) -> int:
         """Bytes of what it needs."""
         return sum(self.manifest.layers[blob.layer].parts[blob.part].nbytes for blob in way.blobs)
@@ -330,16 +340,9 @@ class ServedLayer:
 
     def _wait_for_link(self, ways: Sequence[Way], waited_s: float, error: RemoteUnavailable) -> float:
         """Wait a little if bytes of `ways` are still to come; the seconds. Raises the error after all patience."""
-        serving = self.serving
-        if all(serving.cache.residents([way.blobs for way in ways])):
+        if all(self.serving.cache.residents([way.blobs for way in ways])):
             return 0.0
-        if waited_s >= serving.patience_s:
-            raise error
-        if not waited_s:
-            LOG.warning(f"waiting for a link: {error}")
-        sleep(AGAIN_S)
-        serving.counts.link_wait_s += AGAIN_S
-        return AGAIN_S
+        return self.serving.wait_for_link(waited_s, error)
 
     def _ahead(self, x: Tensor, uses: Sequence[Use]) -> list[tuple[BlobId, ...]]:
         """What the next layer is likely to want."""

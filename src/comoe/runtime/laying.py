@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from time import monotonic
 
 from comoe.runtime.layer import AGAIN_S, Serving
+from comoe.store.pack import Pack
 from comoe.types import BlobId, DoesNotFit, RemoteUnavailable
 
 SOON_S, REST = 20.0, 3.0
@@ -17,6 +18,18 @@ AT_ONCE = 8
 LONGEST_REST_S, RECENT = 2.0, 2
 """No rest is longer: the link may be another one by then. The quicker of so many reads counts: one that waited for a
 link that was gone for a moment says nothing about the floor."""
+
+
+def lay(serving: Serving, pack: Pack, blobs: Sequence[BlobId]) -> None:
+    """Hold the `blobs` of a floor before anything runs, waiting for a link as misses do. Raises RemoteUnavailable."""
+    waited_s, there = 0.0, False
+    while not there:
+        try:
+            pack.bring(blobs)
+            serving.cache.hold(blobs)
+            there = True
+        except RemoteUnavailable as error:
+            waited_s += serving.wait_for_link(waited_s, error)
 
 
 class Laying:

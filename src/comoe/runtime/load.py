@@ -39,7 +39,7 @@ from comoe.runtime.handle import Comoe, Promise
 from comoe.runtime.hook import attach
 from comoe.runtime.hot import hot_experts
 from comoe.runtime.layer import ServedLayer, Serving
-from comoe.runtime.laying import Laying
+from comoe.runtime.laying import Laying, lay
 from comoe.runtime.options import Options
 from comoe.runtime.skeleton import load_skeleton
 from comoe.runtime.threads import use_threads
@@ -333,8 +333,7 @@ class Loader:
         blobs = list(dict.fromkeys(blob for way in ways for blob in way.blobs))
         if serving.steps and serving.remote is not None:
             return Laying(serving, blobs).start()
-        self.pack.bring(blobs)
-        serving.cache.hold(blobs)
+        lay(serving, self.pack, blobs)
         return None
 
     def _serve(
