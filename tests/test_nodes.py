@@ -19,6 +19,7 @@ from comoe.memory.arena import page_buffer
 from comoe.net.address import Access
 from comoe.net.breaker import Throttle
 from comoe.net.nodes import LEAST_PIECE, EdgeNodes
+from comoe.net.probe import Probe
 from comoe.net.remote import RemotePack
 from comoe.net.remote_run import Node, manifest_hash
 from comoe.runtime.load import load
@@ -239,10 +240,21 @@ def test_a_node_that_is_reached_later_and_does_not_know_the_token_never_serves(
     until(lambda: nodes.serving is None)
 
 
+def test_who_served_another_pack_at_first_is_asked_for_its_token_too(published: Path, tmp_path: Path) -> None:
+    with near(published, tmp_path, "edge") as edge, closing(Probe(edge.url, 5.0, manifest_hash(published))) as probe:
+        health, edge.token = (edge.folder / "health").read_text(), "another"
+        (edge.folder / "health").write_text('{"packs": {}}')
+        with pytest.raises(RemoteUnavailable):
+            probe.ask()
+        (edge.folder / "health").write_text(health)
+        with pytest.raises(UsageError, match="token"):
+            probe.ask()
+
+
 def test_a_node_that_refuses_what_it_gave_before_is_one_that_fails(
     stack: ExitStack, published: Path, tmp_path: Path
 ) -> None:
-    _, edge, pack, _ = edged(stack, published, tmp_path)
+    _, edge, pack, nodes = edged(stack, published, tmp_path)
     blobs = pack.blob_ids()[:2]
     tiers = []
     with closing(Pack(published)) as local:
@@ -252,6 +264,7 @@ def test_a_node_that_refuses_what_it_gave_before_is_one_that_fails(
             assert bytes(into[: pack.nbytes(blob)]) == read(local, blob)
             edge.token = "another"
     assert tiers == ["edge", "origin"]
+    until(lambda: nodes.serving is None)
 
 
 def test_all_that_comes_over_a_link_is_held_to_what_it_carries_together(

@@ -10,7 +10,7 @@ from webs import serving
 
 from comoe.net import origin
 from comoe.net.address import Access
-from comoe.net.breaker import throttle_of
+from comoe.net.breaker import Breaker, throttle_of
 from comoe.net.origin import Origin
 from comoe.types import PackError, RemoteUnavailable, UsageError
 
@@ -133,6 +133,21 @@ def test_a_node_that_is_gone_is_soon_not_asked_any_more(folder: Path) -> None:
     with pytest.raises(RemoteUnavailable, match="not asked again"):
         fetched(of, 0, 10)
     assert perf_counter() - start_s < 0.5
+
+
+def test_a_request_that_ends_early_and_brought_bytes_is_no_failure(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or a slow link, whose requests take too long and end together, would look like a node that is gone."""
+    failures = []
+    monkeypatch.setattr(Breaker, "failed", lambda self: failures.append(self))
+    with serving(folder) as web:
+        web.cut = 4
+        assert fetched(Origin(web.url, Access()), 0, len(DATA)) == DATA
+        assert web.cut == 0 and not failures
+        web.fail = 1
+        assert fetched(Origin(web.url, Access()), 0, 10) == DATA[:10]
+        assert failures
 
 
 def test_no_more_than_the_rate_comes(folder: Path) -> None:

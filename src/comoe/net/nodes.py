@@ -19,7 +19,7 @@ from comoe.net.origin import Leash, Origin
 from comoe.net.probe import Probe
 from comoe.net.remote_run import HotExpert, Node, RemoteRun
 from comoe.net.roaming import Roaming
-from comoe.types import ComoeError
+from comoe.types import ComoeError, UsageError
 
 PIECE_S, SEARCHING_S, LEAST_PIECE = 0.05, 0.5, 2048
 """While a node runs experts, too, what is read comes in pieces of so many seconds of the link, one at a time: an answer
@@ -169,7 +169,9 @@ class EdgeNodes:
                         came(len(chunk))
                         if self.serving != node:
                             break
-            except ComoeError:
+            except ComoeError as error:
+                if isinstance(error, UsageError) and node is not None:
+                    self._probes[node].doubt()
                 if self.serving in (node, None):
                     return at
         return at

@@ -148,6 +148,7 @@ class Origin:
         at, attempts = start, 0
         while end is None or at < end:
             self._refuse_while_open()
+            begun = at
             try:
                 result = obstore.get(self._store, name, options={"range": {"offset": at} if end is None else (at, end)})
                 whole = result.meta["size"]
@@ -163,7 +164,7 @@ class Origin:
                         self._throttle.take(len(view))
                     yield view
             except (errors.BaseError, OSError) as error:
-                busy = self._judge(name, error)
+                busy = self._judge(name, error, brought=at > begun)
                 attempts += 1
                 if attempts == (self._leash.busy_attempts if busy else self._leash.attempts):
                     raise RemoteUnavailable(f"{self.url} does not answer: {_reason(error)}.") from error
@@ -173,8 +174,9 @@ class Origin:
         if not self._breaker.admits():
             raise RemoteUnavailable(f"{self.url} did not answer ({self._why}) and is not asked again yet.")
 
-    def _judge(self, name: str, error: Exception) -> bool:
-        """Raise what asking again would not mend; note what it might. Whether the node is but busy."""
+    def _judge(self, name: str, error: Exception, *, brought: bool) -> bool:
+        """Raise what asking again would not mend; note what it might, unless the request has `brought` bytes: a slow
+        link lets many end so at once. Whether the node is but busy."""
         if isinstance(error, (FileNotFoundError, errors.NotFoundError)):
             self._breaker.succeeded()
             raise PackError(f"{self.url} has no file {name}: check the address, or publish the pack again.") from error
@@ -184,8 +186,9 @@ class Origin:
         if BUSY in str(error):
             self._breaker.succeeded()
             return True
-        self._why = _reason(error)
-        self._breaker.failed()
+        if not brought:
+            self._why = _reason(error)
+            self._breaker.failed()
         return False
 
 

@@ -33,6 +33,7 @@ class Probe:
         self.url, self._timeout_s, self._identity, self._context = url, timeout_s, identity, context
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}
         self.folder, self.came = "", 0
+        self._doubted = False
         self._secure, self._host, self._port = parts.scheme == "https", parts.hostname, parts.port
         self._connection: HTTPConnection | None = None
 
@@ -42,18 +43,25 @@ class Probe:
         A node that drains answers 503 and counts as gone; one that was not asked before is asked twice, and whether it
         knows the token. Raises RemoteUnavailable; UsageError where it does not.
         """
+        if self._doubted:
+            self.close()
+            self._doubted = False
         try:
             if self._connection is None:
                 self._connection = self._connect()
                 self._asked()
                 self._admitted()
             return self._asked()
-        except UsageError:
+        except (RemoteUnavailable, UsageError):
             self.close()
             raise
         except (OSError, HTTPException, ValueError) as error:
             self.close()
             raise RemoteUnavailable(f"{self.url} does not answer: is the edge node running?") from error
+
+    def doubt(self) -> None:
+        """The token was refused elsewhere: ask again, soon, whether the node knows it. Any thread calls."""
+        self._doubted = True
 
     def close(self) -> None:
         """Drop the connection; the next question makes one."""
@@ -73,7 +81,7 @@ class Probe:
             self._connection.request("HEAD", f"{self.folder}/{MANIFEST}", headers=self._headers)
             answer = self._connection.getresponse()
             answer.read()
-            if answer.status in (401, 403):
+            if answer.status == 401:
                 raise unknown_token(self.url)
 
     def _asked(self) -> float:

@@ -99,6 +99,9 @@ class RemotePack(Pack):
             try:
                 for bringing in [pool.submit(self._bring, name, run) for name, run in runs]:
                     bringing.result()
+            except RemoteUnavailable:
+                pool.shutdown(cancel_futures=True)  # what is still under way may be asked for again
+                raise
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
 

@@ -22,6 +22,9 @@ LOG = logging.getLogger("comoe")
 PERIOD_S = 0.25
 """Between two probes of a node."""
 
+REFUSED_S = 5.0
+"""Between two probes of a node that does not know the token."""
+
 RECENT = 4
 """Probes of a node that is read from gently: of so many, one finds no piece before it."""
 
@@ -189,7 +192,7 @@ class Roaming:
             self._unasked.discard(node)
             if not self._unasked:
                 self._asked.set()
-            self._closing.wait(PERIOD_S)
+            self._closing.wait(REFUSED_S if isinstance(self._problems.get(node), UsageError) else PERIOD_S)
 
     def _tick(self) -> None:
         with self._lock:

@@ -4,11 +4,9 @@ The state of a running model that its layers share is here too. Residency is `me
 `runtime.experts`'s, prices `plan.ledger`'s.
 """
 
-import logging
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from time import sleep
 from typing import NamedTuple
 
 import torch
@@ -25,13 +23,9 @@ from comoe.plan.missrule import MissRule
 from comoe.plan.planner import Plan
 from comoe.runtime.edgetier import Ran, RemoteTier, Sent, Wanted
 from comoe.runtime.experts import KERNEL_TOKENS, SiteMath
+from comoe.runtime.outage import Outage
 from comoe.store.manifest import Manifest
 from comoe.types import BlobId, ExpertId, Late, RemoteUnavailable
-
-LOG = logging.getLogger("comoe")
-
-AGAIN_S = 0.25
-"""So often bytes are asked for again while there is no link."""
 
 DECODE_TOKENS = 1
 """A pass of more tokens is prefill, which never takes the floor: coarse keys and values would stay behind."""
@@ -153,16 +147,6 @@ class Serving:
         there = self.cache.residents([way.blobs for way in ways])
         return next(((at, ways[at]) for at in reversed(range(len(ways))) if there[at]), None)
 
-    def wait_for_link(self, waited_s: float, error: RemoteUnavailable) -> float:
-        """Wait a little, after so many seconds of that; the seconds. Raises the error after all patience."""
-        if waited_s >= self.patience_s:
-            raise error
-        if not waited_s:
-            LOG.warning(f"waiting for a link: {error}")
-        sleep(AGAIN_S)
-        self.counts.link_wait_s += AGAIN_S
-        return AGAIN_S
-
     def nbytes(self, way: Way) -> int:
         """Bytes of what it needs."""
         return sum(self.manifest.layers[blob.layer].parts[blob.part].nbytes for blob in way.blobs)
@@ -203,15 +187,16 @@ class ServedLayer:
             raise self.serving.broken
         self._sends = self._can_send(len(x), index.numel())
         chosen, ahead = [self._choose(use, decode=decode) for use in uses], self._ahead(x, uses)
-        waited_s = 0.0
+        outage = Outage(self.serving)
         while True:
             ways = [one.way for one in chosen]
             try:
                 return self._summed(x, uses, ways, weight, ahead)
             except RemoteUnavailable as error:
                 chosen = [self._without_link(use, one, decode=decode) for use, one in zip(uses, chosen, strict=True)]
-                if not isinstance(error, Late):
-                    waited_s += self._wait_for_link([one.way for one in chosen], waited_s, error)
+                there = all(self.serving.cache.residents([one.way.blobs for one in chosen]))
+                if not there and not isinstance(error, Late):
+                    outage.wait(error)
 
     def _summed(
         self, x: Tensor, uses: Sequence[Use], ways: Sequence[Way], weight: Tensor, ahead: Sequence[Group] = ()
@@ -337,12 +322,6 @@ class ServedLayer:
         serving.counts.floor_uses += 1
         serving.counts.link_failures += 1
         return Chosen(way, True, serving.ledger.add(self._index, way.form, use.gate, floor=True, decode=decode))
-
-    def _wait_for_link(self, ways: Sequence[Way], waited_s: float, error: RemoteUnavailable) -> float:
-        """Wait a little if bytes of `ways` are still to come; the seconds. Raises the error after all patience."""
-        if all(self.serving.cache.residents([way.blobs for way in ways])):
-            return 0.0
-        return self.serving.wait_for_link(waited_s, error)
 
     def _ahead(self, x: Tensor, uses: Sequence[Use]) -> list[tuple[BlobId, ...]]:
         """What the next layer is likely to want."""

@@ -5,7 +5,8 @@ from collections import deque
 from collections.abc import Sequence
 from time import monotonic
 
-from comoe.runtime.layer import AGAIN_S, Serving
+from comoe.runtime.layer import Serving
+from comoe.runtime.outage import AGAIN_S, Outage
 from comoe.store.pack import Pack
 from comoe.types import BlobId, DoesNotFit, RemoteUnavailable
 
@@ -22,14 +23,16 @@ link that was gone for a moment says nothing about the floor."""
 
 def lay(serving: Serving, pack: Pack, blobs: Sequence[BlobId]) -> None:
     """Hold the `blobs` of a floor before anything runs, waiting for a link as misses do. Raises RemoteUnavailable."""
-    waited_s, there = 0.0, False
+    outage, came, there = Outage(serving), pack.came, False
     while not there:
         try:
             pack.bring(blobs)
             serving.cache.hold(blobs)
             there = True
         except RemoteUnavailable as error:
-            waited_s += serving.wait_for_link(waited_s, error)
+            if pack.came > came:
+                outage, came = Outage(serving), pack.came
+            outage.wait(error)
 
 
 class Laying:

@@ -1,0 +1,38 @@
+"""A link that is gone: somebody waits for it, as long as the session's patience lasts."""
+
+import logging
+from time import monotonic, sleep
+from typing import TYPE_CHECKING
+
+from comoe.types import RemoteUnavailable
+
+if TYPE_CHECKING:
+    from comoe.runtime.layer import Serving
+
+AGAIN_S = 0.25
+"""Between two questions whether what is missing can be had now."""
+
+LOG = logging.getLogger("comoe")
+
+
+class Outage:
+    """What `serving` waits for, from the first `wait` on as long as its patience lasts; every second is counted."""
+
+    def __init__(self, serving: "Serving") -> None:
+        self._serving = serving
+        self._since_s: float | None = None
+        self._seen_s = 0.0
+
+    def wait(self, error: RemoteUnavailable) -> None:
+        """Wait a little, since bytes could not be had for this reason. Raises it once patience is over."""
+        now_s, counts = monotonic(), self._serving.counts
+        since_s = now_s if self._since_s is None else self._since_s
+        if self._since_s is not None:
+            counts.link_wait_s += now_s - self._seen_s
+        if now_s - since_s >= self._serving.patience_s:
+            raise error
+        if self._since_s is None:
+            LOG.warning(f"waiting for a link: {error}")
+        sleep(AGAIN_S)
+        self._since_s, self._seen_s = since_s, monotonic()
+        counts.link_wait_s += self._seen_s - now_s
