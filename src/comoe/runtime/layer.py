@@ -187,15 +187,18 @@ class ServedLayer:
             raise self.serving.broken
         self._sends = self._can_send(len(x), index.numel())
         chosen, ahead = [self._choose(use, decode=decode) for use in uses], self._ahead(x, uses)
-        outage = Outage(self.serving)
+        outage, had = Outage(self.serving.patience_s, self.serving.counts), 0
         while True:
             ways = [one.way for one in chosen]
             try:
                 return self._summed(x, uses, ways, weight, ahead)
             except RemoteUnavailable as error:
                 chosen = [self._without_link(use, one, decode=decode) for use, one in zip(uses, chosen, strict=True)]
-                there = all(self.serving.cache.residents([one.way.blobs for one in chosen]))
-                if not there and not isinstance(error, Late):
+                there = self.serving.cache.residents([one.way.blobs for one in chosen])
+                if sum(there) > had:
+                    outage = Outage(self.serving.patience_s, self.serving.counts)
+                had = sum(there)
+                if had < len(there) and not isinstance(error, Late):
                     outage.wait(error)
 
     def _summed(

@@ -23,7 +23,7 @@ link that was gone for a moment says nothing about the floor."""
 
 def lay(serving: Serving, pack: Pack, blobs: Sequence[BlobId]) -> None:
     """Hold the `blobs` of a floor before anything runs, waiting for a link as misses do. Raises RemoteUnavailable."""
-    outage, came, there = Outage(serving), pack.came, False
+    outage, came, there = Outage(serving.patience_s, serving.counts), pack.came, False
     while not there:
         try:
             pack.bring(blobs)
@@ -31,7 +31,7 @@ def lay(serving: Serving, pack: Pack, blobs: Sequence[BlobId]) -> None:
             there = True
         except RemoteUnavailable as error:
             if pack.came > came:
-                outage, came = Outage(serving), pack.came
+                outage, came = Outage(serving.patience_s, serving.counts), pack.came
             outage.wait(error)
 
 

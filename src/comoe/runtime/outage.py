@@ -2,12 +2,9 @@
 
 import logging
 from time import monotonic, sleep
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from comoe.types import RemoteUnavailable
-
-if TYPE_CHECKING:
-    from comoe.runtime.layer import Serving
 
 AGAIN_S = 0.25
 """Between two questions whether what is missing can be had now."""
@@ -15,21 +12,27 @@ AGAIN_S = 0.25
 LOG = logging.getLogger("comoe")
 
 
-class Outage:
-    """What `serving` waits for, from the first `wait` on as long as its patience lasts; every second is counted."""
+class Counting(Protocol):
+    """What counts the seconds that were waited."""
 
-    def __init__(self, serving: "Serving") -> None:
-        self._serving = serving
+    link_wait_s: float
+
+
+class Outage:
+    """Waited for from the first `wait` on, `patience_s` at most; every second of that is counted."""
+
+    def __init__(self, patience_s: float, counts: Counting) -> None:
+        self._patience_s, self._counts = patience_s, counts
         self._since_s: float | None = None
         self._seen_s = 0.0
 
     def wait(self, error: RemoteUnavailable) -> None:
         """Wait a little, since bytes could not be had for this reason. Raises it once patience is over."""
-        now_s, counts = monotonic(), self._serving.counts
+        now_s, counts = monotonic(), self._counts
         since_s = now_s if self._since_s is None else self._since_s
         if self._since_s is not None:
             counts.link_wait_s += now_s - self._seen_s
-        if now_s - since_s >= self._serving.patience_s:
+        if now_s - since_s >= self._patience_s:
             raise error
         if self._since_s is None:
             LOG.warning(f"waiting for a link: {error}")
