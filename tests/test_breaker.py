@@ -1,16 +1,8 @@
 """A circuit breaker and a token bucket, on a clock of the test's own."""
 
+from clocks import Clock
+
 from comoe.net.breaker import COOL_S, FAILURES, LONGEST_S, Breaker, Throttle
-
-
-class Clock:
-    now_s = 0.0
-
-    def __call__(self) -> float:
-        return self.now_s
-
-    def sleep(self, seconds: float) -> None:
-        self.now_s += seconds
 
 
 def broken(clock: Clock) -> Breaker:

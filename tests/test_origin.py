@@ -10,8 +10,8 @@ from webs import serving
 
 from comoe.net import origin
 from comoe.net.address import Access
-from comoe.net.breaker import Breaker, throttle_of
-from comoe.net.origin import Origin
+from comoe.net.breaker import Breaker
+from comoe.net.origin import Origin, throttle_of
 from comoe.types import PackError, RemoteUnavailable, UsageError
 
 DATA = bytes(range(256)) * 4000

@@ -2,7 +2,6 @@
 
 import threading
 from collections.abc import Callable
-from time import monotonic, sleep
 
 FAILURES, COOL_S, LONGEST_S = 3, 1.0, 4.0
 """So many failures in a row open the circuit; it stays open so long, twice as long after each trial that fails, as far
@@ -59,8 +58,3 @@ class Throttle:
             wait_s = self._free_s - self._clock()
         if wait_s > 0:
             self._sleep(wait_s)
-
-
-def throttle_of(link: tuple[float, float] | None) -> Throttle | None:
-    """What holds all that comes over a link to its bytes per second; None where nothing is said of it."""
-    return Throttle(link[0], monotonic, sleep) if link is not None else None

@@ -192,6 +192,11 @@ class Origin:
         return False
 
 
+def throttle_of(link: tuple[float, float] | None) -> Throttle | None:
+    """What holds all that comes over a link to its bytes per second; None where nothing is said of it."""
+    return Throttle(link[0], monotonic, sleep) if link is not None else None
+
+
 def _store(url: str, access: Access, leash: Leash) -> Any:
     """obstore's client of the folder at `url`; for a bucket keys and endpoint come from AWS_* as for its own tools."""
     headers = {"Authorization": f"Bearer {access.token}"} if access.token else {}

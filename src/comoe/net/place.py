@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from comoe.net.address import Access, is_url
-from comoe.net.breaker import throttle_of
 from comoe.net.remote_run import Node, manifest_hash
 from comoe.store.manifest import Manifest
 from comoe.store.pack import Pack
@@ -52,6 +51,7 @@ def open_nodes(nodes: Sequence[Node], pack: Pack, link: tuple[float, float] | No
     where that was opened with a link. Raises RemoteUnavailable, UsageError.
     """
     from comoe.net.nodes import EdgeNodes
+    from comoe.net.origin import throttle_of
     from comoe.net.remote import RemotePack
 
     throttle = (pack.throttle if isinstance(pack, RemotePack) else None) or throttle_of(link)

@@ -10,11 +10,10 @@ from urllib.parse import urlsplit
 from blake3 import blake3
 
 from comoe.net.address import Access
-from comoe.net.breaker import throttle_of
 from comoe.net.coalesce import MOST_NBYTES, Range, coalesced
 from comoe.net.flash import FlashCache
 from comoe.net.nodes import EdgeNodes
-from comoe.net.origin import Origin
+from comoe.net.origin import Origin, throttle_of
 from comoe.store.blobfile import BlobFile, header_bytes, parse_header
 from comoe.store.manifest import MANIFEST, MAX_MANIFEST_BYTES, Manifest, read_manifest
 from comoe.store.pack import Pack, Pieces, file_hash

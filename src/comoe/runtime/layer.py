@@ -187,7 +187,7 @@ class ServedLayer:
             raise self.serving.broken
         self._sends = self._can_send(len(x), index.numel())
         chosen, ahead = [self._choose(use, decode=decode) for use in uses], self._ahead(x, uses)
-        outage, had = Outage(self.serving.patience_s, self.serving.counts), 0
+        outage = Outage(self.serving.patience_s, self.serving.counts)
         while True:
             ways = [one.way for one in chosen]
             try:
@@ -195,11 +195,8 @@ class ServedLayer:
             except RemoteUnavailable as error:
                 chosen = [self._without_link(use, one, decode=decode) for use, one in zip(uses, chosen, strict=True)]
                 there = self.serving.cache.residents([one.way.blobs for one in chosen])
-                if sum(there) > had:
-                    outage = Outage(self.serving.patience_s, self.serving.counts)
-                had = sum(there)
-                if had < len(there) and not isinstance(error, Late):
-                    outage.wait(error)
+                if not all(there) and not isinstance(error, Late):
+                    outage.wait(error, sum(there))
 
     def _summed(
         self, x: Tensor, uses: Sequence[Use], ways: Sequence[Way], weight: Tensor, ahead: Sequence[Group] = ()

@@ -23,16 +23,14 @@ link that was gone for a moment says nothing about the floor."""
 
 def lay(serving: Serving, pack: Pack, blobs: Sequence[BlobId]) -> None:
     """Hold the `blobs` of a floor before anything runs, waiting for a link as misses do. Raises RemoteUnavailable."""
-    outage, came, there = Outage(serving.patience_s, serving.counts), pack.came, False
+    outage, there = Outage(serving.patience_s, serving.counts), False
     while not there:
         try:
             pack.bring(blobs)
             serving.cache.hold(blobs)
             there = True
         except RemoteUnavailable as error:
-            if pack.came > came:
-                outage, came = Outage(serving.patience_s, serving.counts), pack.came
-            outage.wait(error)
+            outage.wait(error, pack.came)
 
 
 class Laying:

@@ -19,16 +19,21 @@ class Counting(Protocol):
 
 
 class Outage:
-    """Waited for from the first `wait` on, `patience_s` at most; every second of that is counted."""
+    """Waited for from the first `wait` on, `patience_s` at most, and as long again whenever something came. Every
+    second of it is counted.
+    """
 
     def __init__(self, patience_s: float, counts: Counting) -> None:
         self._patience_s, self._counts = patience_s, counts
         self._since_s: float | None = None
-        self._seen_s = 0.0
+        self._seen_s, self._had = 0.0, 0
 
-    def wait(self, error: RemoteUnavailable) -> None:
-        """Wait a little, since bytes could not be had for this reason. Raises it once patience is over."""
+    def wait(self, error: RemoteUnavailable, had: int) -> None:
+        """Wait a little, since no more than `had` could be had for this reason. Raises it once patience is over."""
         now_s, counts = monotonic(), self._counts
+        if had > self._had:
+            self._since_s = None
+        self._had = had
         since_s = now_s if self._since_s is None else self._since_s
         if self._since_s is not None:
             counts.link_wait_s += now_s - self._seen_s
